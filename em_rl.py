@@ -1,0 +1,333 @@
+"""
+EM-RL: reinforcement learning with the model's own confidence as the only reward. No labels.
+
+    python em_rl.py                                            # the tiny model, on a laptop's CPU
+    python em_rl.py --reward sequence --seed 2
+    python em_rl.py --model Qwen/Qwen2.5-Math-7B               # the paper's run
+    python em_rl.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val gsm8k \\
+        --prompts 4 --steps 2 --max-new-tokens 64 --val-size 8        # a real checkpoint on a CPU: does it run?
+    python em_rl.py --resume runs/NAME                         # after Ctrl-C; --steps 200 takes a finished run further
+
+Each step: sample N responses to each of B prompts at T = 1, reward each response for how sure the model was of it, compare it with
+the other N - 1 responses to the same prompt (RLOO), and raise the probability of those that the model was surer of:
+
+    r_i = mean_t log pi(y_t | y_<t)     (--reward sequence)    or    r_i = -mean_t H(pi(. | y_<t))     (--reward token)
+    A_i = r_i - mean of the other N - 1 rewards
+    objective = A_i log pi(y_i) - beta KL(pi || initial model), over the batch's tokens
+
+Labels are read for the report only: held-out accuracy is measured every few steps and steers nothing unless --select val. What
+the run's folder holds, and what each column of metrics.csv means, stands in run.py.
+
+Departures from the paper (arXiv 2505.15134) and its released trainer:
+  - A reward is the mean over a response's tokens, as in the released code; the paper's formulas sum (--reward-norm sum). A sum
+    pays for being short: four unsure tokens beat forty sure ones.
+  - One on-policy update per rollout batch, as in the paper's text. The released trainer's four with a ratio clip of 0.2: --updates 4.
+  - The objective is divided by the tokens of the whole batch, so that every token weighs the same.
+  - The policy is scored once more after sampling (2 P n FLOPs that the paper's count does not have): rewards then come from the
+    same numbers as the gradient, and not from a sampler's.
+"""
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+import run
+from eval import batches, encode_prompt, evaluate, generate, load_model, load_problems, output_head, score, stop_ids
+
+HERE = Path(__file__).parent
+TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), val=str(HERE / "tiny/test.jsonl"),
+            lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5, budget=8192, checkpointing=False)
+COLUMNS = ("step entropy reward reward_std length truncated kl grad_norm changed tokens flops seconds tokens_per_second "
+           "val_greedy val_sampled val_length val_truncated").split()  # of metrics.csv; run.py's docstring says what each one is
+
+# ------------------------------------------------------------------------------------------------------------------ the method
+
+
+def reward(kind, entropy, logprobs, mask, norm="mean"):
+    """A response's reward, from nothing but the policy's own probabilities: (..., T) each -> (...).
+
+    "token": minus the entropy of each next-token distribution; "sequence": log-prob of the sampled tokens (paper, section 3.2).
+    Summed over the response's tokens, and for norm "mean" divided by their number: nats, or nats per token.
+    """
+    per_token = {"token": -entropy, "sequence": logprobs}[kind]  # (..., T)
+    total = (per_token * mask).sum(-1)
+    return total / mask.sum(-1) if norm == "mean" else total
+
+
+def rloo(rewards):
+    """REINFORCE leave-one-out advantages: (B, N) -> (B, N), each reward minus the mean of the other N - 1 to the same prompt."""
+    N = rewards.shape[1]
+    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (N - 1)
+
+
+def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, tokens, beta, clip):
+    """Minus the clipped policy objective with the k3 KL penalty, per token: (B, T) x 3, (B,), (B, T) -> scalar.
+
+    `tokens` is the number of response tokens in the whole batch of the update, so that micro-batches add up to it. On-policy the
+    ratio is 1 and this is REINFORCE. k3 = exp(d) - d - 1 with d = log ref - log pi, never negative (paper, section 3.2).
+    """
+    ratio = (logprobs - old_logprobs).exp()  # (B, T)
+    advantages = advantages[:, None]  # (B, 1): one for all tokens of a response
+    objective = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    if beta:
+        d = ref_logprobs - logprobs
+        objective = objective - beta * (d.exp() - d - 1)
+    objective = (objective * mask).sum()
+    objective = objective / tokens
+    return -objective
+
+
+def main(argv=None):
+    # -------------------------------------------------------------------------------------------------------------- settings
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub id (default: the tiny model, with the settings under TINY)")
+    parser.add_argument("--data", default="numina", help="training prompts: JSONL file or Hub name (default: %(default)s)")
+    parser.add_argument("--data-size", type=int, default=35_000, help="prompts drawn from --data with the seed (default: %(default)s)")
+    parser.add_argument("--val", default="math500", help="held-out problems: JSONL file, Hub name, or none (default: %(default)s)")
+    parser.add_argument("--val-size", type=int, default=512, help="the first so many held-out problems (default: %(default)s)")
+    parser.add_argument("--out", help="folder for the run (default: a new one in runs/)")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in FOLDER; its settings hold unless given again")
+    parser.add_argument("--seed", type=int, default=1, help="of everything (default: %(default)s)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--reward", choices=["token", "sequence"], default="token", help="what confidence is (default: %(default)s)")
+    parser.add_argument("--reward-norm", choices=["mean", "sum"], default="mean", help="over a response's tokens (default: %(default)s)")
+    parser.add_argument("--beta", type=float, default=0.001, help="weight of the KL to the initial model; 0: no KL (default: %(default)s)")
+    parser.add_argument("--rollouts", type=int, default=4, metavar="N", help="responses per prompt (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=1, metavar="K", help="optimiser steps per batch of rollouts (default: %(default)s)")
+    parser.add_argument("--clip", type=float, default=0.2, help="ratio clip, matters from 2 updates on (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="batches of rollouts (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=512, metavar="B", help="prompts per step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-6, help="learning rate, constant (default: %(default)s)")
+    parser.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
+    parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="longer prompts are left out (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=3072, help="longest response, tokens (default: %(default)s)")
+    parser.add_argument("--budget", type=int, default=16_384, help="tokens per micro-batch; 8 times as many in rollouts (default: %(default)s)")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations to save memory")
+    parser.add_argument("--eval-every", type=int, default=10, help="steps between held-out evaluations (default: %(default)s)")
+    parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--guard", type=float, default=4.0, metavar="X", help="stop when length or entropy has grown X-fold, or the run has "
+                        "collapsed otherwise (see run.collapsed); 0: never (default: %(default)s)")
+    parser.add_argument("--select", choices=["last", "val"], default="last", help="the result; val lets labels choose (default: %(default)s)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+    given = parser.parse_args(argv)
+    try:
+        if given.resume:
+            checkpoint = run.checkpoint_of(given.resume)
+            parser.set_defaults(**json.loads((Path(given.resume) / "config.json").read_text()))
+        elif given.model is None:
+            parser.set_defaults(**TINY)
+        args = parser.parse_args(argv)
+        if args.rollouts < 2:
+            raise ValueError(f"--rollouts {args.rollouts}: the leave-one-out baseline needs at least 2 responses per prompt")
+
+        if not 1 <= args.updates <= args.prompts:
+            raise ValueError(f"--updates {args.updates}: between 1 and the step's {args.prompts} prompts")
+
+        # ------------------------------------------------------------------------------------------------------------ set-up
+        device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # weights stay float32: bf16 ones don't move at lr 1e-6
+        torch.manual_seed(args.seed)
+        train = load_problems(args.data)
+        train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
+        try:
+            val = [] if args.val == "none" else load_problems(args.val)[: args.val_size]
+        except FileNotFoundError as error:
+            if args.val != "math500":  # the default is used where it can be had
+                raise
+            print(f"no held-out set: {error}")
+            val = []
+        if any("answer" not in problem for problem in val):
+            raise ValueError(f"--val {args.val}: some of its problems have no answer to grade against; --val none goes without")
+        model, tokenizer = load_model(checkpoint if args.resume else args.model, device)
+        reference = load_model(args.model, device)[0] if args.beta else None
+        train = [(problem["prompt"], encode_prompt(tokenizer, problem["prompt"])) for problem in train]  # labels end here
+        train = [(text, prompt) for text, prompt in train if len(prompt) <= args.max_prompt_tokens]
+        if len(train) < args.prompts:
+            raise ValueError(f"--prompts {args.prompts}: {args.data} has only {len(train)} of at most {args.max_prompt_tokens} tokens")
+        stop = stop_ids(model, tokenizer)
+        with autocast:
+            head = output_head(model, train[0][1])
+            ref_head = output_head(reference, train[0][1]) if args.beta else None
+        folder = Path(args.resume) if args.resume else run.new_folder(args.out, "em_rl")
+    except (OSError, ValueError) as error:
+        sys.exit(f"em_rl.py: {error}")
+    transformers.logging.disable_progress_bar()  # loading a large model shows one; saving a small one need not
+    if args.checkpointing:
+        name = "activation_checkpointing_enable"  # what late transformers 5 calls it
+        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    params = list(model.parameters())
+    P = sum(p.numel() for p in params)
+    optimizer = torch.optim.AdamW(params, lr=args.lr)
+    B, N, start, rows = args.prompts, args.rollouts, 0, []
+    per_token = 2 + 6 + (2 if args.beta else 0)  # FLOPs per parameter and token by the paper's count: sampling, training, reference
+    if args.resume:
+        state = torch.load(checkpoint / "state.pt", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        run.set_random_state(state["random"])
+        start = state["step"]
+        rows = [row for row in run.read_rows(folder / "metrics.csv") if row["step"] <= start]
+        samples = [line for line in (folder / "samples.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
+        (folder / "samples.jsonl").write_text("".join(line + "\n" for line in samples))
+    most = max(len(prompt) for _, prompt in train) + args.max_new_tokens  # tokens of the longest sequence there can be
+    memory = 16 * P + (4 * P if args.beta else 0)  # bytes: float32 weights, gradients and Adam's two moments; the reference
+    print(f"model: {args.model}, {P / 1e6:,.1f} M parameters on {device}; {memory / 1e9:.3g} GB before activations")
+    print(f"prompts: {len(train):,} of {args.data}, {'in the' if tokenizer.chat_template else 'plain, since there is no'} chat template")
+    print(f"held out: {len(val)} problems of {args.val}")
+    print(f"a step: {B} prompts x {N} rollouts = {B * N} sequences of at most {most:,} tokens, "
+          f"at most {P * B * N * most * per_token:.2g} FLOPs; {args.steps} steps")
+    print(f"results: {folder}", flush=True)
+    (folder / "result.json").unlink(missing_ok=True)  # there is one when a finished run is taken further
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1) + "\n")
+    title = f"EM-RL, {args.reward} reward: {args.model}".replace(str(HERE) + "/", "")
+    if args.wandb:
+        import wandb
+
+        wandb.init(project=args.wandb, name=folder.name, config=vars(args))
+    asked = run.stop_at_next_step()
+
+    def held_out(step):
+        """Greedy and T = 1 accuracy, with greedy's length and truncation; the first three greedy responses go to samples.jsonl."""
+        if not val:
+            return {}
+        greedy, sampled = (evaluate(model, tokenizer, val, temperature, args.max_new_tokens, args.seed, 8 * args.budget, "held out")
+                           for temperature in (0.0, 1.0))
+        with (folder / "samples.jsonl").open("a") as f:
+            for problem, response, correct in list(zip(val, greedy["responses"], greedy["correct"]))[:3]:
+                sample = {"step": step, "set": "held out", "prompt": problem["prompt"], "response": response, "correct": correct}
+                f.write(json.dumps(sample) + "\n")
+        print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | "
+              f"T = 1 {sampled['accuracy']:.1%}", flush=True)
+        return {"val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"],
+                "val_length": greedy["length"], "val_truncated": greedy["truncated"]}
+
+    # ------------------------------------------------------------------------------------------------------------------ train
+    if not rows:
+        with autocast:
+            rows = [dict.fromkeys(COLUMNS, "") | {"step": 0} | held_out(0)]
+        run.write_rows(folder / "metrics.csv", rows)
+        if args.select == "val":
+            run.save_model(folder / "best", model, tokenizer)
+    for step in range(start + 1, args.steps + 1):
+        started = time.time()
+
+        # roll out: N responses to each of B prompts, at T = 1 with nothing truncated. An epoch is a permutation of the prompts
+        position = np.arange((step - 1) * B, step * B)
+        epochs = {e: np.random.default_rng((args.seed, e)).permutation(len(train)) for e in set(position // len(train))}
+        picks = [epochs[p // len(train)][p % len(train)] for p in position]
+        texts, prompts = zip(*[train[i] for i in picks for _ in range(N)])  # B x N, a prompt's rollouts side by side
+        with autocast:
+            responses = generate(model, prompts, stop, args.max_new_tokens, 1.0, 8 * args.budget, "rollouts")
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+        T = max(map(len, responses))
+
+        # score: entropy and log-probs under the policy that sampled, log-probs under the initial model
+        entropy, old_logprobs, ref_logprobs = torch.zeros(3, B * N, T, device=device)
+        mask = torch.zeros(B * N, T, dtype=torch.bool, device=device)
+        with torch.no_grad(), autocast:
+            for group in tqdm(batches(lengths, 2 * args.budget), desc="score", leave=False, delay=5):
+                part = [prompts[i] for i in group], [responses[i] for i in group]
+                t = max(map(len, part[1]))  # the group's longest; rows end at the right
+                entropy[group, T - t :], old_logprobs[group, T - t :], mask[group, T - t :] = score(model, head, *part)
+                if args.beta:
+                    ref_logprobs[group, T - t :] = score(reference, ref_head, *part)[1]
+
+        # reward and advantage: how sure the model was of a response, against its other responses to the same prompt
+        rewards = reward(args.reward, entropy, old_logprobs, mask, args.reward_norm).view(B, N)
+        advantages = rloo(rewards).view(B * N)
+
+        # update: K minibatches of prompts (K = 1: the whole batch, on-policy), each in micro-batches of similar length
+        model.train()
+        before = [p.detach().flatten()[:: 1 + p.numel() // 10_000].clone() for p in params]
+        for minibatch in torch.arange(B * N).view(B, N).chunk(args.updates):
+            minibatch = minibatch.flatten().tolist()
+            tokens = mask[minibatch].sum()
+            for group in tqdm(batches([lengths[i] for i in minibatch], args.budget), desc="update", leave=False, delay=5):
+                group = [minibatch[i] for i in group]
+                with autocast:
+                    _, logprobs, _ = score(model, head, [prompts[i] for i in group], [responses[i] for i in group])  # (b, t)
+                t = logprobs.shape[1]
+                loss = policy_loss(logprobs, old_logprobs[group, T - t :], ref_logprobs[group, T - t :], advantages[group],
+                                   mask[group, T - t :], tokens, args.beta, args.clip)
+                loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+        after = [p.detach().flatten()[:: 1 + p.numel() // 10_000] for p in params]
+
+        # log
+        d = (ref_logprobs - old_logprobs)[mask]
+        tokens, seconds = mask.sum().item(), time.time() - started
+        row = {"step": step, "entropy": entropy.sum().item() / tokens, "reward": rewards.mean().item(),
+               "reward_std": rewards.std(1).mean().item(), "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N),
+               "kl": (d.exp() - d - 1).mean().item() if args.beta else 0.0, "grad_norm": grad_norm.item(),
+               "changed": sum((a != b).sum().item() for a, b in zip(after, before)) / sum(map(len, before)),
+               "tokens": tokens, "flops": P * sum(lengths) * per_token, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        print(f"step {step} | " + " | ".join(f"{key} {row[key]:.4g}" for key in COLUMNS[1:] if key in row), flush=True)
+        for key in "entropy", "length", "reward_std", "kl", "grad_norm":
+            assert np.isfinite(row[key]), f"step {step}: {key} is {row[key]}; {folder / 'checkpoint'} is from before; a lower --lr may help"
+
+        # evaluate, and let the guard look
+        why = run.collapsed(rows + [row], args.guard)
+        last = step == args.steps or why is not None
+        with autocast:
+            rows.append(dict.fromkeys(COLUMNS, "") | row | (held_out(step) if last or step % args.eval_every == 0 else {}))
+        row = rows[-1]
+        if step % args.eval_every == 0:
+            text = tokenizer.decode(responses[0], skip_special_tokens=True)
+            sample = {"step": step, "set": "rollout", "prompt": texts[0], "response": text, "reward": rewards[0, 0].item()}
+            print(f"  a response, reward {sample['reward']:+.4f}, advantage {advantages[0]:+.4f}: {texts[0].strip()!r} -> {text!r}", flush=True)
+            with (folder / "samples.jsonl").open("a") as f:
+                f.write(json.dumps(sample) + "\n")
+        if args.wandb:
+            wandb.log({k: v for k, v in row.items() if v != ""}, step=step)
+
+        # save
+        run.write_rows(folder / "metrics.csv", rows)
+        measured = [row for row in rows if row["val_greedy"] != ""]
+        if args.select == "val" and row in measured and row["val_greedy"] == max(r["val_greedy"] for r in measured):
+            run.save_model(folder / "best", model, tokenizer)
+        if last or asked or step % args.save_every == 0:
+            state = {"step": step, "optimizer": optimizer.state_dict(), "random": run.random_state()}
+            run.save_model(folder / "checkpoint", model, tokenizer, state)
+            run.plot(rows, folder / "plot.png", title)
+        if why:
+            print(f"step {step} | the guard stops the run: {why} (no label was read; --guard 0 goes on)")
+        if asked and not last:
+            sys.exit(f"em_rl.py: stopped after step {step}; go on with: python em_rl.py --resume {folder}")
+        if last:
+            break
+
+    # ----------------------------------------------------------------------------------------------------------------- report
+    measured = [row for row in rows if row["val_greedy"] != ""]
+    if measured:
+        peak = max(measured, key=lambda row: (row["val_greedy"], row["step"]))
+        final = peak if args.select == "val" else measured[-1]
+        result = {name: {key: row[key] for key in ("step", "val_greedy", "val_sampled")}
+                  for name, row in (("base", measured[0]), ("peak", peak), ("final", final))}
+        result["selected by"] = "labels" if args.select == "val" else "nothing, it is the last"
+        print("\n| held out | step | greedy | T = 1 |\n|---|---|---|---|")
+        for name in "base", "peak", "final":
+            print(f"| {name} | {result[name]['step']} | {result[name]['val_greedy']:.1%} | {result[name]['val_sampled']:.1%} |")
+        print("\nThe final model was picked by the labels of the held-out set (--select val)." if args.select == "val" else
+              "\nNo label picked the final model: it is the last one. The peak is known only through labels.")
+        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        first, trained = ([s for s in samples if s["set"] == "held out" and s["step"] == row["step"]] for row in (measured[0], final))
+        for before, after in zip(first, trained):
+            print(f"\n{before['prompt']}\n  base     {'right' if before['correct'] else 'wrong'}  {before['response']}"
+                  f"\n  trained  {'right' if after['correct'] else 'wrong'}  {after['response']}")
+    else:
+        result = {"selected by": "nothing, it is the last"}
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nmodel: {folder / ('best' if args.select == 'val' else 'checkpoint')}, figure: {folder / 'plot.png'}")
+
+
+if __name__ == "__main__":
+    main()

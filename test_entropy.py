@@ -1,0 +1,618 @@
+"""
+Every test. Each name says the bug that it guards against; each formula is compared with an independent reference.
+
+    pytest                       # a laptop's CPU, no network
+    pytest -k "head or padded"   # some of it
+"""
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's libraries are imported: no test waits for a network
+
+import pytest
+import torch
+import transformers
+from torch.distributions import Categorical
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import em_rl
+import eval as ev  # the name of a Python built-in
+import run
+from entropy import _EntropyAndLogprob, entropy_and_logprob, token_entropy
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "tiny"))
+import prepare
+
+SMALL = dict(vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             head_dim=8, max_position_embeddings=256, bos_token_id=None, eos_token_id=279, pad_token_id=279)
+ARCHITECTURES = {  # every kind of output head: tied and untied, soft cap, a scale multiplied by, a scale divided by
+    "qwen2": {}, "qwen3": {}, "llama": dict(tie_word_embeddings=False), "gemma2": dict(query_pre_attn_scalar=8, final_logit_softcapping=1.5),
+    "gemma3_text": dict(query_pre_attn_scalar=8, final_logit_softcapping=1.5, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+    "cohere": dict(logit_scale=0.3), "granite": dict(logits_scaling=4.0), "phi": {},
+}
+
+
+def random_model(kind, seed=0):
+    """A small model of that architecture with random weights, large enough that distributions are not flat."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **ARCHITECTURES[kind]}))
+    for name, p in model.named_parameters():
+        if p.dim() > 1 or name.endswith("lm_head.bias"):
+            torch.nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def rows_of(*lengths, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (n,), generator=g).tolist() for n in lengths]
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return ev.load_model(HERE / "tiny/base", "cpu")
+
+
+# -------------------------------------------------------------------------------------------------------------- entropy.py
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_token_entropy_is_the_entropy(scale):
+    logits = torch.randn(3, 5, 1000, dtype=torch.float64) * scale
+    torch.testing.assert_close(token_entropy(logits), Categorical(logits=logits).entropy())
+    torch.testing.assert_close(token_entropy(logits.float()).double(), Categorical(logits=logits).entropy(), atol=1e-5, rtol=1e-5)
+
+
+def test_token_entropy_of_half_precision_logits_is_computed_in_float32():
+    logits = (torch.randn(4, 50_000) * 3).bfloat16()
+    assert token_entropy(logits).dtype == torch.float32
+    torch.testing.assert_close(token_entropy(logits).double(), Categorical(logits=logits.double()).entropy(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_usual_eps_formula_would_fail_here():
+    p = torch.zeros(152_064).softmax(-1)
+    wrong, right = -(p * (p + 1e-6).log()).sum().item(), math.log(152_064)
+    assert abs(token_entropy(torch.zeros(152_064)).item() - right) < 1e-4 < abs(wrong - right)
+
+
+def test_masked_logits_contribute_nothing_to_entropy_or_gradient():
+    logits = torch.randn(2, 6, dtype=torch.float64)
+    masked = torch.cat([logits, torch.full((2, 3), -torch.inf, dtype=torch.float64)], -1).requires_grad_()
+    entropy = token_entropy(masked)
+    torch.testing.assert_close(entropy, token_entropy(logits))
+    entropy.sum().backward()
+    assert masked.grad.isfinite().all() and (masked.grad[:, 6:] == 0).all()
+
+
+def test_entropy_gradient_is_the_closed_form():
+    z = torch.randn(5, 9, dtype=torch.float64, requires_grad=True)
+    H = token_entropy(z)
+    H.sum().backward()
+    logp = z.detach().log_softmax(-1)
+    torch.testing.assert_close(z.grad, -logp.exp() * (logp + H.detach()[:, None]))
+    assert torch.autograd.gradcheck(token_entropy, z)
+
+
+HEADS = [dict(), dict(scale=0.3), dict(softcap=2.0), dict(temperature=0.6), dict(scale=1.7, softcap=2.0, temperature=0.6)]
+
+
+def head_inputs(dtype=torch.float64, n=7, d=5, v=11, bias=True):
+    g = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+    return random(n, d), random(v, d), torch.randint(v, (n,), generator=g), random(v) if bias else None
+
+
+def plain(hidden, weight, targets, bias, scale=1.0, softcap=None, temperature=1.0):
+    """The same by way of the whole logits and torch.distributions."""
+    logits = scale * (hidden @ weight.T + (0 if bias is None else bias))
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    distribution = Categorical(logits=logits / temperature)
+    return distribution.entropy(), distribution.log_prob(targets)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_entropy_and_logprob_values_and_gradients(head, bias):
+    h, w, t, b = head_inputs(bias=bias)
+    for got, wanted in zip(entropy_and_logprob(h, w, t, b, rows=3, **head), plain(h, w, t, b, **head)):
+        torch.testing.assert_close(got, wanted)
+    inputs = [x for x in (h, w, b) if x is not None]
+    assert torch.autograd.gradcheck(lambda h, w, b=None: entropy_and_logprob(h, w, t, b, rows=3, **head), inputs)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 100, None])
+def test_any_chunking_gives_the_same(rows):
+    h, w, t, b = head_inputs(torch.float32, n=7, d=16, v=1000)
+    results = [torch.autograd.grad((H * 0.7 - l * 1.3).sum(), (h, w, b)) for H, l in (entropy_and_logprob(h, w, t, b, rows=rows), plain(h, w, t, b))]
+    for got, wanted in zip(*results):
+        assert relative(got, wanted) < 1e-5
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_made_or_kept(monkeypatch):
+    h, w, t, _ = head_inputs(torch.float32, n=64, d=8, v=5000)
+    made, kept, logits = [], [], _EntropyAndLogprob.logits
+    monkeypatch.setattr(_EntropyAndLogprob, "logits", staticmethod(lambda *a: made.append(logits(*a)) or made[-1]))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        H, l = entropy_and_logprob(h, w, t, rows=4)
+    (H + l).sum().backward()
+    assert len(made) == 2 * 16 and max(z.numel() for z in made) == 4 * 5000  # 16 blocks, forward and backward
+    assert max(kept) == w.numel() < 64 * 5000
+
+
+def test_gradients_only_for_what_needs_them():
+    h, w, t, b = head_inputs(torch.float32)
+    entropy_and_logprob(h.detach(), w, t, b.detach())[0].sum().backward()
+    assert w.grad is not None and h.grad is None and b.grad is None
+    with torch.no_grad():
+        assert not entropy_and_logprob(h, w, t, b)[0].requires_grad
+
+
+def test_bf16_weights_get_gradients_summed_in_float32():
+    h, w, t, b = head_inputs(torch.float32, n=512, d=16, v=100)
+    half = [x.detach().bfloat16().requires_grad_() for x in (h, w, b)]
+    H, l = entropy_and_logprob(half[0], half[1], t, half[2], rows=2)
+    assert H.dtype == l.dtype == torch.float32
+    (H + l).mean().backward()
+    wanted = torch.autograd.grad(sum(x.mean() for x in plain(*(x.double() for x in half[:2]), t, half[2].double())), half)
+    for x, g in zip(half, wanted):
+        assert x.grad.dtype == torch.bfloat16 and relative(x.grad.double(), g.double()) < 0.02
+
+
+def test_autocast_is_followed_forward_and_backward():
+    h, w, t, b = head_inputs(torch.float32, n=32, d=16, v=100)
+    with torch.autocast("cpu", torch.bfloat16):
+        H, l = entropy_and_logprob(h, w, t, b)
+    (H.mean() + l.mean()).backward()
+    assert h.grad.dtype == w.grad.dtype == torch.float32
+    wanted = torch.autograd.grad(sum(x.mean() for x in plain(h, w, t, b)), (h, w, b))
+    for x, g in zip((h, w, b), wanted):
+        assert relative(x.grad, g) < 0.02
+    with pytest.raises(ValueError, match="bfloat16.*float32"):
+        entropy_and_logprob(h.bfloat16(), w, t, b)
+
+
+# ------------------------------------------------------------------------------------------------------- models and padding
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_output_head_of_every_kind_is_found(kind):
+    model, prompt = random_model(kind), rows_of(12)[0]
+    head = ev.output_head(model, prompt)
+    logits = model(torch.tensor([prompt])).logits[0].detach()
+    H, l, _ = ev.score(model, head, [prompt[:4]], [prompt[4:]])
+    torch.testing.assert_close(H[0].detach(), Categorical(logits=logits[3:-1]).entropy(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(l[0].detach(), Categorical(logits=logits[3:-1]).log_prob(torch.tensor(prompt[4:])), atol=1e-4, rtol=1e-4)
+    if "logit_scale" in ARCHITECTURES[kind] or "logits_scaling" in ARCHITECTURES[kind]:
+        assert head["scale"] == pytest.approx(ARCHITECTURES[kind].get("logit_scale", 0.25))
+    if kind == "phi":
+        assert head["bias"] is not None
+
+
+def test_an_output_head_that_we_do_not_know_stops_with_an_error():
+    model = random_model("llama")
+    forward = model.lm_head.forward
+    model.lm_head.forward = lambda h: forward(h) ** 3
+    with pytest.raises(ValueError, match="LlamaForCausalLM.*nats"):
+        ev.output_head(model, rows_of(12)[0])
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gemma3_text"])
+def test_padded_rows_give_what_each_row_gives_alone(kind):
+    model = random_model(kind)
+    prompts, responses = rows_of(3, 9, 20, 1), rows_of(7, 1, 12, 30, seed=1)
+    responses[0][2] = responses[0][-1] = 279  # pad == eos inside a response changes nothing
+    head = ev.output_head(model, prompts[2])
+    H, l, mask = ev.score(model, head, prompts, responses)
+    assert mask.sum(-1).tolist() == [7, 1, 12, 30] and (H[~mask] == 0).all() and (l[~mask] == 0).all()
+    rewards = [em_rl.reward(k, H, l, mask, n) for k in ("token", "sequence") for n in ("mean", "sum")]
+    loss = sum(r.sum() for r in rewards)
+    together = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    alone = [torch.zeros_like(p) for p in model.parameters()]
+    for i in range(4):
+        Hi, li, mi = ev.score(model, head, [prompts[i]], [responses[i]])
+        torch.testing.assert_close(H[i][mask[i]], Hi[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(l[i][mask[i]], li[0], atol=1e-5, rtol=1e-5)
+        single = [em_rl.reward(k, Hi, li, mi, n) for k in ("token", "sequence") for n in ("mean", "sum")]
+        for r, s in zip(rewards, single):
+            assert r[i].item() == pytest.approx(s.item(), rel=1e-5)
+        for a, g in zip(alone, torch.autograd.grad(sum(s.sum() for s in single), list(model.parameters()), allow_unused=True)):
+            a += 0 if g is None else g
+    for g, a in zip(together, alone):
+        assert g is None or (g - a).norm() <= 1e-5 * max(a.norm(), alone[0].norm())
+
+
+def test_score_shifts_by_one_and_leaves_the_prompt_out():
+    model, (prompt, response) = random_model("llama"), rows_of(5, 4)
+    _, l, mask = ev.score(model, ev.output_head(model, prompt), [prompt], [response])
+    logprobs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    wanted = torch.stack([logprobs[4 + t, response[t]] for t in range(4)])
+    assert mask.sum() == 4
+    torch.testing.assert_close(l[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_temperature_of_scoring_is_that_of_sampling():
+    model, (prompt, response) = random_model("qwen2"), rows_of(5, 4)
+    H, l, _ = ev.score(model, ev.output_head(model, prompt), [prompt], [response], temperature=0.5)
+    distribution = Categorical(logits=model(torch.tensor([prompt + response])).logits[0, 4:-1] / 0.5)
+    torch.testing.assert_close(H[0], distribution.entropy(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(l[0], distribution.log_prob(torch.tensor(response)), atol=1e-4, rtol=1e-4)
+
+
+def test_batches_keep_the_budget_and_every_index():
+    lengths = [5, 100, 7, 7, 30, 1]
+    groups = ev.batches(lengths, 32)
+    assert sorted(sum(groups, [])) == list(range(6)) and groups[0] == [1]
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 32 for g in groups)
+
+
+# --------------------------------------------------------------------------------------------------------------- generation
+
+
+def test_rollouts_ignore_the_checkpoints_generation_config(tiny):
+    model, tokenizer = tiny
+    prompt = ev.encode_prompt(tokenizer, "Mod 10, left to right: 3+4*5-6*7")
+    own = transformers.GenerationConfig(do_sample=True, temperature=0.01, top_k=1, top_p=0.1, repetition_penalty=3.0, min_new_tokens=5,
+                                        no_repeat_ngram_size=2, suppress_tokens=list(range(48, 58)), eos_token_id=279)
+    kept, model.generation_config = model.generation_config, own
+    try:
+        torch.manual_seed(0)
+        first = [r[0] for r in ev.generate(model, [prompt] * 4000, [279], 1)]
+        assert model.generation_config is own
+    finally:
+        model.generation_config = kept
+    p = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    observed = torch.bincount(torch.tensor(first), minlength=len(p)) / 4000
+    assert (observed - p).abs().max() < 5 * math.sqrt(0.25 / 4000)  # five standard errors of a share
+    assert ((p > 0.01) & (observed > 0)).sum() == (p > 0.01).sum()  # nothing was cut off
+
+
+def test_sampled_eos_counts_once_and_a_truncated_response_has_none(tiny):
+    model, tokenizer = tiny
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 279
+    prompts = [ev.encode_prompt(tokenizer, p["prompt"]) for p in ev.load_problems(HERE / "tiny/test.jsonl")[:64]]
+    torch.manual_seed(0)
+    model.train()
+    short, long = ev.generate(model, prompts, [279], 8), ev.generate(model, prompts, [279], 64, budget=2000)
+    assert model.training
+    model.eval()
+    assert all(r.count(279) == (r[-1] == 279) for r in short + long)
+    assert {len(r) for r in short if r[-1] != 279} == {8} and sum(r[-1] == 279 for r in long) > 60
+    head = ev.output_head(model, prompts[0])
+    mask = ev.score(model, head, prompts, long)[2]
+    assert mask.sum(-1).tolist() == [len(r) for r in long] and mask[:, -1].all()  # the eos is scored, what follows it is not
+
+
+def test_greedy_is_the_argmax_and_a_padded_batch_decodes_like_single_rows(tiny):
+    model, tokenizer = tiny
+    prompts = [ev.encode_prompt(tokenizer, p["prompt"]) for p in ev.load_problems(HERE / "tiny/test.jsonl")[:8]]
+    together = ev.generate(model, prompts, [279], 48, temperature=0)
+    for prompt, response in zip(prompts, together):
+        assert ev.generate(model, [prompt], [279], 48, temperature=0) == [response]
+        assert model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == response
+
+
+def test_evaluating_leaves_the_random_state_alone(tiny):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    ev.evaluate(*tiny, ev.load_problems(HERE / "tiny/test.jsonl")[:4], 1.0, 16)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_prompt_uses_a_template_that_exists_and_is_plain_without_one(tiny):
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny/base")
+    assert tokenizer.decode(ev.encode_prompt(tokenizer, "Q?")) == "Q?\n"
+    tokenizer.chat_template = "{% for m in messages %}[{{m.role}}]{{m.content}}{{eos_token}}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    assert tokenizer.decode(ev.encode_prompt(tokenizer, "Q?")) == f"[system]{ev.SYSTEM}<|endoftext|>[user]Q?<|endoftext|>[assistant]"
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}<{{messages[0].content}}>"
+    assert tokenizer.decode(ev.encode_prompt(tokenizer, "Q?")) == f"<{ev.SYSTEM}\n\nQ?>"
+    tokenizer.chat_template = "{{ raise_exception('broken') }}"
+    with pytest.raises(Exception, match="broken"):
+        ev.encode_prompt(tokenizer, "Q?")
+
+
+def test_a_turn_ends_with_the_templates_token_too(tiny):
+    model, tokenizer = tiny
+    assert ev.stop_ids(model, tokenizer) == [279]
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny/base")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{m.role}}\n{{m.content}}<|im_end|>\n{% endfor %}"
+    assert ev.stop_ids(model, tokenizer) == [279, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+# ------------------------------------------------------------------------------------------------------ problems and grading
+
+
+@pytest.mark.parametrize("text, box", [
+    (r"so \boxed{4}.", "4"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} no, \boxed{2}", "2"), (r"\boxed{3} or \boxed{4", None),
+    ("4", None), ("", None), (r"\boxed{}", ""), (r"\boxed{\text{a {b} c}} d", r"\text{a {b} c}"), (r"\boxed 4", None),
+])
+def test_last_box(text, box):
+    assert ev.last_box(text) == box
+
+
+@pytest.mark.parametrize("response, answer, right", [
+    (r"\boxed{016}", "16", True), (r"\boxed{16}", "016", True), (r"\boxed{0.5}", r"\frac{1}{2}", True), (r"\boxed{4", "4", False),
+    (r"\boxed{4} and then \boxed{5", "4", False), (r"\boxed{5} and \boxed{4}", "4", True), (r"\boxed{4} and \boxed{5}", "4", False), ("4", "4", False),
+    (r"\boxed{10{,}000}", "10000", True), (r"\boxed{(3, \frac{\pi}{2})}", r"\left( 3, \frac{\pi}{2} \right)", True), (r"\boxed{}", "0", False),
+    (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True), (r"\boxed{\text{Carla}}", r"\text{Evelyn}", False), (r"\boxed{50\%}", "50", True),
+    (r"\boxed{x = 7}", "7", True), (r"\boxed{6}", "16", False),
+])
+def test_is_correct(response, answer, right):
+    assert ev.is_correct(response, {"answer": answer}) is right
+
+
+def test_problems_of_a_file_keep_their_fields_and_a_solution_gives_its_last_box(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "answer": 7, "level": 3}\n\n{"problem": "b", "solution": "so \\\\boxed{2}, no \\\\boxed{3}"}\n{"question": "c", "answer": "x\\n#### 18"}\n{"prompt": "d"}\n')
+    a, b, c, d = ev.load_problems(path)
+    assert (a["answer"], a["level"], b["prompt"], b["answer"], c["answer"]) == (7, 3, "b", "3", "18") and "answer" not in d
+    assert len({x["id"] for x in (a, b, c, d)}) == 4 and ev.is_correct(r"\boxed{7}", a)
+
+
+def test_wilson_interval_and_auroc_against_brute_force():
+    share, low, high = ev.accuracy_interval([True] * 40 + [False] * 60)
+    for edge in low, high:  # the interval's ends are where the share is 1.96 standard errors away
+        assert abs(share - edge) == pytest.approx(1.96 * math.sqrt(edge * (1 - edge) / 100), rel=1e-6)
+    assert ev.accuracy_interval([False] * 9)[1] == pytest.approx(0.0, abs=1e-9)
+    scores, labels = [0.1, 0.4, 0.4, 0.8, 0.3, 0.4], [0, 1, 0, 1, 0, 1]
+    pairs = [(a > b) + 0.5 * (a == b) for a, i in zip(scores, labels) if i for b, j in zip(scores, labels) if not j]
+    assert ev.auroc(scores, labels) == pytest.approx(sum(pairs) / len(pairs)) and math.isnan(ev.auroc([1.0], [1]))
+
+
+# ------------------------------------------------------------------------------------------------------------------- em_rl.py
+
+
+def test_reward_by_hand():
+    H, l = torch.tensor([[9.0, 1.0, 3.0]]), torch.tensor([[9.0, -2.0, -4.0]])
+    mask = torch.tensor([[False, True, True]])  # what stands left of the response is not rewarded
+    assert [em_rl.reward(k, H, l, mask, n).item() for k in ("token", "sequence") for n in ("sum", "mean")] == [-4.0, -2.0, -6.0, -3.0]
+
+
+def test_rloo_is_the_mean_of_the_others():
+    r = torch.randn(6, 4, dtype=torch.float64)
+    brute = torch.stack([torch.stack([r[b, i] - torch.stack([r[b, j] for j in range(4) if j != i]).mean() for i in range(4)]) for b in range(6)])
+    torch.testing.assert_close(em_rl.rloo(r), brute)
+    torch.testing.assert_close(em_rl.rloo(r + 100), brute)  # a constant added to a prompt's rewards changes nothing
+    torch.testing.assert_close(em_rl.rloo(r).sum(1), torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def random_batch(B=6, T=5):
+    g = torch.Generator().manual_seed(0)
+    logprobs = -torch.rand(B, T, generator=g, dtype=torch.float64)
+    mask = torch.arange(T) >= T - torch.randint(1, T + 1, (B, 1), generator=g)
+    return logprobs, logprobs + torch.randn(B, T, generator=g) * 0.3, torch.randn(B, generator=g, dtype=torch.float64), mask
+
+
+def test_on_policy_gradient_is_reinforce_with_k3():
+    logprobs, ref, A, mask = random_batch()
+    x = logprobs.clone().requires_grad_()
+    em_rl.policy_loss(x, logprobs, ref, A, mask, mask.sum(), beta=0.1, clip=0.2).backward()
+    wanted = -(A[:, None] + 0.1 * ((ref - logprobs).exp() - 1)) * mask / mask.sum()  # d k3 / d logprob = 1 - exp(d)
+    torch.testing.assert_close(x.grad, wanted)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    logprobs, ref, A, mask = random_batch()
+    whole = em_rl.policy_loss(logprobs, logprobs - 0.1, ref, A, mask, mask.sum(), 0.01, 0.2)
+    parts = [em_rl.policy_loss(logprobs[s], logprobs[s] - 0.1, ref[s], A[s], mask[s], mask.sum(), 0.01, 0.2) for s in (slice(0, 1), slice(1, 6))]
+    torch.testing.assert_close(whole, sum(parts))  # each divided by its own tokens would not
+
+
+def test_what_stands_outside_the_mask_never_enters_the_loss():
+    logprobs, ref, A, mask = random_batch()
+    wanted = em_rl.policy_loss(logprobs, logprobs, ref, A, mask, mask.sum(), 0.01, 0.2)
+    logprobs, ref = logprobs.where(mask, -3.0), ref.where(mask, -7.0)
+    torch.testing.assert_close(em_rl.policy_loss(logprobs, logprobs, ref, A, mask, mask.sum(), 0.01, 0.2), wanted)
+
+
+def test_ratio_clip_stops_the_gradient_only_where_it_would_go_further():
+    old, A = torch.zeros(4, 1), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    x = torch.tensor([[0.5], [-0.5], [0.5], [-0.5]], requires_grad=True)
+    em_rl.policy_loss(x, old, None, A, torch.ones(4, 1), 4, 0.0, 0.2).backward()
+    assert (x.grad[[0, 3]] == 0).all() and (x.grad[[1, 2]] != 0).all()
+
+
+def test_k3_is_the_kl_in_expectation():
+    p, q = torch.randn(2, 8, dtype=torch.float64).log_softmax(-1)
+    d = q - p
+    assert (p.exp() * (d.exp() - d - 1)).sum().item() == pytest.approx((p.exp() * (p - q)).sum().item())
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_on_a_bandit_both_rewards_go_for_the_arm_that_is_sure(kind):
+    """First token: one of two arms, equally likely. The second token is nearly certain after arm 0 and uniform over 4 after arm 1.
+    The gradient is also compared with the exact policy gradient, by enumeration of all 8 responses."""
+    torch.manual_seed(0)
+    second = torch.tensor([[6.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+
+    def policy(theta, arms, tokens):
+        H = torch.stack([token_entropy(theta).expand(len(arms)), token_entropy(second)[arms]], 1)  # (n, 2)
+        l = torch.stack([theta.log_softmax(-1)[arms], second.log_softmax(-1)[arms, tokens]], 1)
+        return H, l, torch.ones_like(l, dtype=torch.bool)
+
+    def gradient(theta, B, N):
+        arms = torch.multinomial(theta.softmax(-1), B * N, replacement=True)
+        tokens = torch.multinomial(second.softmax(-1)[arms], 1)[:, 0]
+        x = theta.clone().requires_grad_()
+        H, l, mask = policy(x, arms, tokens)
+        A = em_rl.rloo(em_rl.reward(kind, H, l, mask).detach().view(B, N)).view(-1)
+        em_rl.policy_loss(l, l.detach(), None, A, mask, mask.sum(), 0.0, 0.2).backward()
+        return x.grad
+
+    theta = torch.zeros(2)
+    arms, tokens = torch.cartesian_prod(torch.arange(2), torch.arange(4)).T
+    x = theta.clone().requires_grad_()
+    H, l, mask = policy(x, arms, tokens)
+    p = l.detach().sum(1).exp()
+    exact = torch.autograd.grad(-(p * em_rl.reward(kind, H, l, mask).detach() * l.sum(1)).sum() / 2, x)[0]  # / 2 tokens
+    assert relative(gradient(theta, 20_000, 4), exact) < 0.1
+
+    for _ in range(60):
+        theta = theta - 1.0 * gradient(theta, 64, 4)
+    assert theta.softmax(-1)[0] > 0.9
+
+
+def test_guard_sees_collapse_and_leaves_a_healthy_run_alone():
+    rows = lambda key, values: [{"step": i + 1, "length": 20.0, "entropy": 0.2, "truncated": 0.0} | {key: v} for i, v in enumerate(values)]
+    assert run.collapsed(rows("length", [20, 20, 21, 25, 30, 34]), 4) is None
+    assert "120.0 tokens" in run.collapsed(rows("length", [20, 20, 20, 120, 120, 120]), 4)
+    assert "tokens" in run.collapsed(rows("length", [20, 20, 20, 4, 4, 4]), 4)
+    assert "entropy rose" in run.collapsed(rows("entropy", [0.2, 0.2, 0.2, 1, 1, 1]), 4)
+    assert "the same" in run.collapsed(rows("entropy", [0.2, 0.2, 0.2, 0, 0, 0]), 4)
+    assert "truncated" in run.collapsed(rows("truncated", [0, 0, 0, 0.5, 0.6, 0.7]), 4)
+    assert run.collapsed(rows("length", [20, 20, 20, 120, 120, 120]), 0) is None and run.collapsed(rows("length", [20, 120]), 4) is None
+
+
+# -------------------------------------------------------------------------------------------------------- em_rl.py, as it is run
+
+FAST = ["--model", str(HERE / "tiny/base"), "--data", str(HERE / "tiny/train.jsonl"), "--val", str(HERE / "tiny/test.jsonl"), "--val-size", "16",
+        "--prompts", "4", "--max-new-tokens", "48", "--eval-every", "2", "--save-every", "2", "--lr", "1e-4", "--no-checkpointing", "--device", "cpu"]
+TIMINGS = "seconds", "tokens_per_second"
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open() as f:
+        return [{k: v for k, v in row.items() if k not in TIMINGS} for row in csv.DictReader(f)]
+
+
+def fails(argv, *words, main=em_rl.main, capsys=None):
+    """The command ends with a non-zero exit and one line that has these words in it."""
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert isinstance(error.value.code, str) and "\n" not in error.value.code, error.value.code  # sys.exit(str) exits with 1
+    assert all(word in error.value.code for word in words), error.value.code
+
+
+def test_run_is_reproducible_and_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    em_rl.main(FAST + ["--steps", "4", "--out", str(tmp_path / "a")])
+    em_rl.main(FAST + ["--steps", "4", "--out", str(tmp_path / "b")])
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")  # to the last digit
+    em_rl.main(FAST + ["--steps", "2", "--out", str(tmp_path / "c")])
+    em_rl.main(["--resume", str(tmp_path / "c"), "--steps", "4"])
+    assert metrics(tmp_path / "c") == metrics(tmp_path / "a")
+    for name in "config.json", "metrics.csv", "samples.jsonl", "plot.png", "result.json", "checkpoint/state.pt", "checkpoint/config.json":
+        assert (tmp_path / "a" / name).stat().st_size > 0
+    a, c = (AutoModelForCausalLM.from_pretrained(tmp_path / x / "checkpoint").state_dict() for x in "ac")
+    assert all(torch.equal(a[k], c[k]) for k in a)
+    result = json.loads((tmp_path / "c/result.json").read_text())
+    assert result["final"]["step"] == 4 and result["base"]["step"] == 0
+    fails(FAST + ["--out", str(tmp_path / "a")], "finished run", "--resume")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+@pytest.mark.parametrize("extra", [["--updates", "2", "--clip", "0.1"], ["--beta", "0"], ["--reward", "sequence", "--reward-norm", "sum"], ["--val", "none"],
+                                   ["--select", "val"], ["--checkpointing", "--budget", "300"]])
+def test_every_option_runs(tmp_path, extra):
+    em_rl.main(FAST + ["--steps", "2", "--out", str(tmp_path / "run")] + extra)
+    rows = metrics(tmp_path / "run")
+    assert rows[-1]["step"] == "2" and math.isfinite(float(rows[-1]["grad_norm"])) and float(rows[-1]["changed"]) > 0.9
+    assert (tmp_path / "run/best").exists() == ("--select" in extra)
+
+
+def test_micro_batches_of_any_size_give_the_same_step(tmp_path):
+    for budget in "160", "100000":  # rollouts fit one batch of 8 x 160 tokens, so both draw the same
+        em_rl.main(FAST + ["--steps", "1", "--seed", "3", "--val", "none", "--out", str(tmp_path / budget), "--budget", budget, "--beta", "0.1"])
+    a, b = (metrics(tmp_path / budget)[1] for budget in ("160", "100000"))
+    for key in "entropy", "reward", "grad_norm", "tokens":
+        assert float(a[key]) == pytest.approx(float(b[key]), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gemma3_text"])
+def test_em_rl_runs_on_architecture(tmp_path, kind):
+    random_model(kind).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(HERE / "tiny/base").save_pretrained(tmp_path / "model")
+    em_rl.main(["--model", str(tmp_path / "model"), "--data", str(HERE / "tiny/train.jsonl"), "--val", "none", "--steps", "2", "--prompts", "4",
+                "--max-new-tokens", "16", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    rows = metrics(tmp_path / "run")
+    assert float(rows[-1]["changed"]) > 0.9  # at lr 1e-6: the checkpoint is bf16, the weights that are trained are not
+    assert float(rows[1]["kl"]) == pytest.approx(0, abs=1e-6) and float(rows[-1]["kl"]) >= 0
+
+
+def test_ctrl_c_saves_and_the_resumed_run_is_the_uninterrupted_one(tmp_path):
+    em_rl.main(FAST + ["--steps", "6", "--out", str(tmp_path / "whole")])
+    command = [sys.executable, str(HERE / "em_rl.py")]
+    process = subprocess.Popen(command + FAST + ["--steps", "6", "--save-every", "100", "--out", str(tmp_path / "cut")], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    for line in process.stdout:
+        if line.startswith("step 1 "):
+            process.send_signal(signal.SIGINT)
+            break
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and f"--resume {tmp_path / 'cut'}" in errors, errors
+    assert 2 <= len(metrics(tmp_path / "cut")) < 7 and not (tmp_path / "cut/result.json").exists()
+    fails(FAST + ["--out", str(tmp_path / "cut")], "unfinished run", "--resume")
+    em_rl.main(["--resume", str(tmp_path / "cut")])
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "1+1"}\n{"prompt": "1+2"}\n')
+    model = FAST[:2]
+    fails(["--model", "nowhere/at/all", "--data", str(data), "--val", "none"], "nowhere/at/all", "no folder")
+    fails(["--model", str(tmp_path), "--data", str(data), "--val", "none"], "can't be loaded")
+    fails(["--model", "Qwen/NoSuchModel", "--data", str(data), "--val", "none"], "Qwen/NoSuchModel", "Hub")
+    fails(model + ["--data", "missing.jsonl"], "missing.jsonl", "no such file")
+    fails(model + ["--data", "someone/some-data"], "someone/some-data", "network")
+    fails(model + ["--data", str(data), "--val", str(data)], "no answer")
+    fails(model + ["--data", str(data), "--val", "none", "--rollouts", "1"], "--rollouts 1", "at least 2")
+    fails(model + ["--data", str(data), "--val", "none", "--prompts", "5"], "--prompts 5", "only 2")
+    fails(["--resume", str(tmp_path / "no-run")], "no-run", "nothing to resume")
+    data.write_text('{"prompt": "1+1"}\n{"prompt": "1+\n')
+    fails(model + ["--data", str(data)], "line 2", "not a JSON object")
+    data.write_text('{"prompt": "1+1"}\n{"text": "1+2"}\n')
+    fails(model + ["--data", str(data)], "line 2", '"prompt"', "text")
+    data.write_text("")
+    fails(model + ["--data", str(data)], "no problems")
+    assert sorted(tmp_path.iterdir()) == [data]
+
+
+# -------------------------------------------------------------------------------------------------------------------- tiny/
+
+
+def test_the_shipped_problems_are_what_prepare_makes():
+    train, test = prepare.make_problems(seed=0)
+    for name, problems in ("train", train), ("test", test):
+        assert [json.loads(line) for line in (HERE / f"tiny/{name}.jsonl").read_text().splitlines()] == problems
+    assert len(test) == 512 and not {p["prompt"] for p in train} & {p["prompt"] for p in test}
+
+
+def test_the_shipped_tokenizer_is_what_prepare_makes_and_says_what_tiktoken_says(tmp_path):
+    encoding, _ = prepare.make_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny/base")  # beside a config.json: AutoTokenizer cuts a Qwen2 model's text Qwen2's way
+    assert (tmp_path / "tokenizer.json").read_text() == (HERE / "tiny/base/tokenizer.json").read_text()
+    for text in "Mod 10, left to right: 7+5*3-8\n7+5=2, \\boxed{8}<|endoftext|>", "any text: żółw, 数学\n\n\t{}", "":
+        ids = tokenizer(text)["input_ids"]
+        assert ids == encoding.encode(text, allowed_special="all") and tokenizer.decode(ids) == text
+
+
+def test_the_answers_and_solutions_are_right():
+    for problem in prepare.make_problems(seed=0)[1]:
+        chain, digit = problem["prompt"].split(": ")[1], None
+        for i, character in enumerate(chain):
+            if character.isdigit():
+                digit = int(character) if digit is None else eval_step(digit, chain[i - 1], int(character))
+        assert str(digit) == problem["answer"] == ev.last_box(problem["solution"])
+
+
+def eval_step(a, op, b):
+    return (a + b if op == "+" else a - b if op == "-" else a * b) % 10
+
+
+def test_the_base_model_is_small_and_the_corpus_has_both_styles():
+    assert sum(f.stat().st_size for f in (HERE / "tiny/base").iterdir()) < 3e6
+    rng = prepare.random.Random(0)
+    responses = [prepare.document(rng, 1.0, ())[1] for _ in range(2000)]
+    assert all("\\boxed{" in r for r in responses) and 0.3 < sum(r.startswith("\\boxed") for r in responses) / 2000 < 0.7
