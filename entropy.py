@@ -9,6 +9,8 @@ With z the logits, p = softmax(z) and H = -sum_j p_j log p_j, everything here re
     dH / dz_i          = -p_i (log p_i + H)
     d log p_t / dz_i   = [i = t] - p_i
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -24,7 +26,7 @@ def token_entropy(logits):
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
 
 
-def entropy_and_logprob(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperature=1.0, rows=None):
+def entropy_and_logprob(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperature=1.0, block=None):
     """Entropy and log-probability straight from the last hidden states: (N, D), (V, D), (N,) -> (N,), (N,), in nats.
 
     The same as
@@ -34,13 +36,13 @@ def entropy_and_logprob(hidden, weight, targets, bias=None, scale=1.0, softcap=N
         logprobs = (logits / temperature).log_softmax(-1)
         return -(logprobs.exp() * logprobs).sum(-1), logprobs.gather(-1, targets[:, None])[:, 0]
 
-    and differentiable in both results with respect to hidden, weight and bias, but the (N, V) logits never exist: forward
-    and backward work through `rows` rows at a time (by default about 128 MB of logits on a GPU, 8 MB on a CPU), and the
-    backward computes each block of logits once more. That is one more matrix product (4 instead of 3) for N / rows times
-    less memory. Chunking under autograd would save nothing: autograd keeps every chunk until the backward.
+    and differentiable in both results with respect to hidden, weight and bias, but the (N, V) logits never exist: forward and
+    backward work through blocks of `block` logits (by default 2^20 on a CPU, which fit its cache, and 2^26 on a GPU), and the
+    backward makes each block once more. So there are 4 matrix products instead of 3, in the memory of a block and the gradients.
+    Chunking under autograd would save nothing: autograd keeps every chunk until the backward.
 
-    Entropy, log-prob and gradient sums are float32 (float64 for float64 input); the matrix products run in the input's
-    dtype, or in autocast's where that is on. Logits must be finite.
+    Entropies, log-probs and the sums of gradients over blocks are float32 (float64 for float64 input); the matrix products run in
+    the input's dtype, or in autocast's where that is on. Logits must be finite.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -48,15 +50,24 @@ def entropy_and_logprob(hidden, weight, targets, bias=None, scale=1.0, softcap=N
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     elif hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: give both one dtype, or turn autocast on")
-    if rows is None:
-        rows = max(1, (2**21 if device == "cpu" else 2**25) // weight.shape[0])
-    return _EntropyAndLogprob.apply(hidden, weight, bias, targets, scale, softcap, temperature, rows)
+    block = block or (2**20 if device == "cpu" else 2**26)
+    return _EntropyAndLogprob.apply(hidden, weight, bias, targets, scale, softcap, temperature, block)
 
 
 class _EntropyAndLogprob(torch.autograd.Function):
     @staticmethod
+    def blocks(N, V, block):
+        """Slices (rows, columns) that tile N x V with at most `block` elements each, all columns of some rows before the next rows.
+        Tall blocks, because each of them reads its columns of the weight and adds to their gradient."""
+        height = min(N, 2 * math.isqrt(block))
+        width = max(1, block // max(1, height))
+        for i in range(0, N, height or 1):
+            for j in range(0, V, width):
+                yield slice(i, min(i + height, N)), slice(j, min(j + width, V))
+
+    @staticmethod
     def logits(hidden, weight, bias, scale, softcap, temperature):
-        """One block of logits, (rows, V), in float32; divided by the temperature."""
+        """One block of logits in float32, divided by the temperature."""
         z = F.linear(hidden, weight, bias)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         if softcap is not None:
@@ -64,48 +75,53 @@ class _EntropyAndLogprob(torch.autograd.Function):
         return z if scale == temperature else z.mul_(scale / temperature)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, scale, softcap, temperature, rows):
-        ctx.head, ctx.rows = (scale, softcap, temperature), rows
-        entropy, logprob, lse = hidden.new_empty(3, len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for i in range(0, len(hidden), rows):
-            z = _EntropyAndLogprob.logits(hidden[i : i + rows], weight, bias, *ctx.head)  # (rows, V)
-            target_logit = z.gather(-1, targets[i : i + rows, None])[:, 0]
-            logp = z.log_softmax(-1)
-            logprob[i : i + rows] = logp.gather(-1, targets[i : i + rows, None])[:, 0]
-            lse[i : i + rows] = target_logit - logprob[i : i + rows]
-            entropy[i : i + rows] = -torch.linalg.vecdot(torch.exp(logp, out=z), logp)
+    def forward(ctx, hidden, weight, bias, targets, scale, softcap, temperature, block):
+        ctx.head, ctx.block, (N, V) = (scale, softcap, temperature), block, (len(hidden), len(weight))
+        # per row, over the columns so far: the largest logit m, s = sum exp(z - m), t = sum exp(z - m) (z - m), the target's logit
+        m, s, t, target = hidden.new_zeros(4, N, 1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        m.fill_(-torch.inf)
+        for i, j in _EntropyAndLogprob.blocks(N, V, block):
+            z = _EntropyAndLogprob.logits(hidden[i], weight[j], None if bias is None else bias[j], *ctx.head)
+            column = targets[i, None] - j.start
+            inside = (column >= 0) & (column < z.shape[1])
+            target[i] = torch.where(inside, z.gather(-1, column.clamp(0, z.shape[1] - 1)), target[i])
+            new = torch.maximum(m[i], z.amax(-1, keepdim=True))
+            shift = (m[i] - new).clamp_(min=-1e4)  # not -inf at the first block, where s and t are 0
+            p = z.sub_(new).exp()
+            t[i] = shift.exp() * (t[i] + shift * s[i]) + torch.linalg.vecdot(p, z)[:, None]
+            s[i] = shift.exp() * s[i] + p.sum(-1, keepdim=True)
+            m[i] = new
+        entropy, lse = s.log() - t / s, m + s.log()  # (N, 1)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy, lse)
-        return entropy, logprob
+        return entropy[:, 0], (target - lse)[:, 0]
 
     @staticmethod
     def backward(ctx, grad_entropy, grad_logprob):
         hidden, weight, bias, targets, entropy, lse = ctx.saved_tensors
         scale, softcap, temperature = ctx.head
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if need_weight else None  # summed over blocks in float32
-        grad_bias = torch.zeros_like(bias, dtype=entropy.dtype) if need_bias else None
-        for i in range(0, len(hidden), ctx.rows):
-            s = slice(i, i + ctx.rows)
-            h, a, b = hidden[s], grad_entropy[s, None], grad_logprob[s, None]
-            z = _EntropyAndLogprob.logits(h, weight, bias, *ctx.head)  # (rows, V)
+        zeros = lambda x, needed: torch.zeros_like(x, dtype=entropy.dtype) if needed else None
+        grad_hidden, grad_weight, grad_bias = map(zeros, (hidden, weight, bias), ctx.needs_input_grad)
+        a, b = grad_entropy[:, None], grad_logprob[:, None]
+        offset = a * (lse - entropy) - b
+        for i, j in _EntropyAndLogprob.blocks(len(hidden), len(weight), ctx.block):
+            z = _EntropyAndLogprob.logits(hidden[i], weight[j], None if bias is None else bias[j], *ctx.head)
             slope = None if softcap is None else 1 - (z * (temperature / softcap)).square_()  # derivative of the soft cap
-            # -a p (log p + H) - b p, and b more at the target; log p = z - lse
-            p = (z - lse[s, None]).exp_()
-            grad_z = z.mul_(-a).add_(a * (lse - entropy)[s, None] - b).mul_(p)
-            grad_z.scatter_add_(-1, targets[s, None], b)
+            # dL/dz = -a p (log p + H) - b p, and b more at the target, with log p = z - lse
+            p = (z - lse[i]).exp_()
+            grad = z.mul_(-a[i]).add_(offset[i]).mul_(p)
+            column = targets[i, None] - j.start
+            inside = (column >= 0) & (column < z.shape[1])
+            grad.scatter_add_(-1, column.clamp(0, z.shape[1] - 1), b[i] * inside)
             if slope is not None:
-                grad_z.mul_(slope)
+                grad.mul_(slope)
             if scale != temperature:
-                grad_z.mul_(scale / temperature)
-            if need_bias:
-                grad_bias += grad_z.sum(0)
-            grad_z = grad_z.to(h.dtype)
-            if need_hidden:
-                grad_hidden[s] = grad_z @ weight
-            if need_weight and grad_weight.dtype == h.dtype:
-                grad_weight.addmm_(grad_z.T, h)
-            elif need_weight:
-                grad_weight += grad_z.T @ h
+                grad.mul_(scale / temperature)
+            if grad_bias is not None:
+                grad_bias[j] += grad.sum(0)
+            grad = grad.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[i] += grad @ weight[j]
+            if grad_weight is not None:
+                grad_weight[j] += grad.T @ hidden[i]
         cast = lambda grad, like: None if grad is None else grad.to(like.dtype)
-        return grad_hidden, cast(grad_weight, weight), cast(grad_bias, bias), None, None, None, None, None
+        return *map(cast, (grad_hidden, grad_weight, grad_bias), (hidden, weight, bias)), None, None, None, None, None
