@@ -3,10 +3,14 @@ EM-RL: reinforcement learning with the model's own confidence as the only reward
 
     python em_rl.py                                            # the tiny model, on a laptop's CPU
     python em_rl.py --reward sequence --seed 2
+    python em_rl.py --reward correct                           # RLOO with labels; with --advantage grpo: GRPO
+    python em_rl.py --reward consistency                       # SC-RL; controls: random and length; correct+token adds EM to labels
     python em_rl.py --model Qwen/Qwen2.5-Math-7B               # the paper's run
-    python em_rl.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val gsm8k \\
-        --prompts 4 --steps 2 --max-new-tokens 64 --val-size 8        # a real checkpoint on a CPU: does it run?
     python em_rl.py --resume runs/NAME                         # after Ctrl-C; --steps 200 takes a finished run further
+
+A real checkpoint on a CPU, to see that it runs: --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val none --prompts 4
+--steps 2 --max-new-tokens 64. What the run's folder holds, and what the columns of metrics.csv mean, stands in run.py. Labels are
+read for the report only (held-out accuracy, every few steps), unless --reward correct or --select val asks for them.
 
 Each step: sample N responses to each of B prompts at T = 1, reward each response for how sure the model was of it, compare it with
 the other N - 1 responses to the same prompt (RLOO), and raise the probability of those that the model was surer of:
@@ -15,14 +19,11 @@ the other N - 1 responses to the same prompt (RLOO), and raise the probability o
     A_i = r_i - mean of the other N - 1 rewards
     objective = A_i log pi(y_i) - beta KL(pi || initial model), over the batch's tokens
 
-Labels are read for the report only: held-out accuracy is measured every few steps and steers nothing unless --select val. What
-the run's folder holds, and what each column of metrics.csv means, stands in run.py.
-
 Departures from the paper (arXiv 2505.15134) and its released trainer:
+  - The objective is divided by the tokens of the whole batch, so that every token weighs the same.
   - A reward is the mean over a response's tokens, as in the released code; the paper's formulas sum (--reward-norm sum). A sum
     pays for being short: four unsure tokens beat forty sure ones.
   - One on-policy update per rollout batch, as in the paper's text. The released trainer's four with a ratio clip of 0.2: --updates 4.
-  - The objective is divided by the tokens of the whole batch, so that every token weighs the same.
   - The policy is scored once more after sampling (2 P n FLOPs that the paper's count does not have): rewards then come from the
     same numbers as the gradient, and not from a sampler's.
 """
@@ -40,30 +41,54 @@ from tqdm import tqdm
 
 import run
 from eval import batches, encode_prompt, evaluate, generate, load_model, load_problems, output_head, score, stop_ids
+from eval import is_correct, last_box, same_answer
 
-HERE = Path(__file__).parent
+HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), val=str(HERE / "tiny/test.jsonl"),
             lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5, budget=8192, checkpointing=False)
-COLUMNS = ("step entropy reward reward_std length truncated kl grad_norm changed tokens flops seconds tokens_per_second "
-           "val_greedy val_sampled val_length val_truncated").split()  # of metrics.csv; run.py's docstring says what each one is
+REWARDS = "token", "sequence", "correct", "consistency", "random", "length"
 
 # ------------------------------------------------------------------------------------------------------------------ the method
 
 
-def reward(kind, entropy, logprobs, mask, norm="mean"):
-    """A response's reward, from nothing but the policy's own probabilities: (..., T) each -> (...).
+def reward(kind, entropy, logprobs, mask, norm="mean", texts=None, answers=None, weight=1.0):
+    """Rewards by name: (B, N, T) each, and B x N texts and B answers where labels are used -> (B, N).
 
-    "token": minus the entropy of each next-token distribution; "sequence": log-prob of the sampled tokens (paper, section 3.2).
-    Summed over the response's tokens, and for norm "mean" divided by their number: nats, or nats per token.
+    From nothing but the policy's own probabilities, summed over the response's tokens and for norm "mean" divided by their number:
+    "token"        minus the entropy of each next-token distribution, nats (paper, section 3.2)
+    "sequence"     log-prob of the sampled tokens, nats (paper, section 3.2)
+    The baselines and controls:
+    "correct"      1 if the response holds the problem's answer, else 0 (RLOO and GRPO; the only one that reads labels)
+    "consistency"  share of the prompt's N responses that give the same answer, itself included; 0 without an answer (SC-RL)
+    "random"       uniform in [0, 1)
+    "length"       tokens
+    "a+b"          a + weight * b
     """
-    per_token = {"token": -entropy, "sequence": logprobs}[kind]  # (..., T)
+    if "+" in kind:
+        first, second = kind.split("+", 1)
+        rest = dict(norm=norm, texts=texts, answers=answers, weight=weight)
+        return reward(first, entropy, logprobs, mask, **rest) + weight * reward(second, entropy, logprobs, mask, **rest)
+    if kind == "correct":
+        return entropy.new_tensor([[is_correct(text, {"answer": answer}) for text in group] for group, answer in zip(texts, answers)])
+    if kind == "consistency":
+        boxes = [[last_box(text) for text in group] for group in texts]
+        return entropy.new_tensor([[sum(a is not None and b is not None and same_answer(a, b) for b in group) / len(group) for a in group]
+                                   for group in boxes])
+    if kind == "random":
+        return torch.rand(mask.shape[:-1], device=mask.device)
+    if kind == "length":
+        return mask.sum(-1).float()
+    per_token = {"token": -entropy, "sequence": logprobs}[kind]  # (B, N, T)
     total = (per_token * mask).sum(-1)
     return total / mask.sum(-1) if norm == "mean" else total
 
 
-def rloo(rewards):
-    """REINFORCE leave-one-out advantages: (B, N) -> (B, N), each reward minus the mean of the other N - 1 to the same prompt."""
+def advantage(kind, rewards):
+    """(B, N) -> (B, N). "rloo", REINFORCE leave-one-out: each reward minus the mean of the other N - 1 to the same prompt; "grpo": minus
+    the mean of all N, divided by their standard deviation."""
     N = rewards.shape[1]
+    if kind == "grpo":
+        return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (N - 1)
 
 
@@ -96,8 +121,10 @@ def main(argv=None):
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in FOLDER; its settings hold unless given again")
     parser.add_argument("--seed", type=int, default=1, help="of everything (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--reward", choices=["token", "sequence"], default="token", help="what confidence is (default: %(default)s)")
+    parser.add_argument("--reward", default="token", help=f"{', '.join(REWARDS)}, or a sum like correct+token (default: %(default)s)")
+    parser.add_argument("--reward-weight", type=float, default=1.0, help="of the second reward in a sum (default: %(default)s)")
     parser.add_argument("--reward-norm", choices=["mean", "sum"], default="mean", help="over a response's tokens (default: %(default)s)")
+    parser.add_argument("--advantage", choices=["rloo", "grpo"], default="rloo", help="against the prompt's others (default: %(default)s)")
     parser.add_argument("--beta", type=float, default=0.001, help="weight of the KL to the initial model; 0: no KL (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=4, metavar="N", help="responses per prompt (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=1, metavar="K", help="optimiser steps per batch of rollouts (default: %(default)s)")
@@ -108,13 +135,13 @@ def main(argv=None):
     parser.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
     parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="longer prompts are left out (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=3072, help="longest response, tokens (default: %(default)s)")
-    parser.add_argument("--budget", type=int, default=16_384, help="tokens per micro-batch; 8 times as many in rollouts (default: %(default)s)")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations to save memory")
+    parser.add_argument("--budget", type=int, default=16_384, help="tokens per micro-batch; x 8 in rollouts (default: %(default)s)")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations: less memory")
     parser.add_argument("--eval-every", type=int, default=10, help="steps between held-out evaluations (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (default: %(default)s)")
-    parser.add_argument("--guard", type=float, default=4.0, metavar="X", help="stop when length or entropy has grown X-fold, or the run has "
-                        "collapsed otherwise (see run.collapsed); 0: never (default: %(default)s)")
-    parser.add_argument("--select", choices=["last", "val"], default="last", help="the result; val lets labels choose (default: %(default)s)")
+    parser.add_argument("--guard", type=float, default=4.0, metavar="X", help="stop when length or entropy has grown X-fold, or the run "
+                        "has collapsed otherwise (see run.collapsed); 0: never (default: %(default)s)")
+    parser.add_argument("--select", choices=["last", "val"], default="last", help="the result; val: labels choose (default: %(default)s)")
     parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     given = parser.parse_args(argv)
     try:
@@ -125,8 +152,9 @@ def main(argv=None):
             parser.set_defaults(**TINY)
         args = parser.parse_args(argv)
         if args.rollouts < 2:
-            raise ValueError(f"--rollouts {args.rollouts}: the leave-one-out baseline needs at least 2 responses per prompt")
-
+            raise ValueError(f"--rollouts {args.rollouts}: a response is compared with others to the same prompt, so at least 2 are needed")
+        if not set(args.reward.split("+")) <= set(REWARDS):
+            raise ValueError(f"--reward {args.reward}: give one of {', '.join(REWARDS)}, or a sum of two like correct+token")
         if not 1 <= args.updates <= args.prompts:
             raise ValueError(f"--updates {args.updates}: between 1 and the step's {args.prompts} prompts")
 
@@ -147,23 +175,30 @@ def main(argv=None):
             raise ValueError(f"--val {args.val}: some of its problems have no answer to grade against; --val none goes without")
         model, tokenizer = load_model(checkpoint if args.resume else args.model, device)
         reference = load_model(args.model, device)[0] if args.beta else None
-        train = [(problem["prompt"], encode_prompt(tokenizer, problem["prompt"])) for problem in train]  # labels end here
-        train = [(text, prompt) for text, prompt in train if len(prompt) <= args.max_prompt_tokens]
+        label = "answer" if "correct" in args.reward else None  # the only label that training can see, and only if asked to
+        if label and any(label not in problem for problem in train):
+            raise ValueError(f"--reward {args.reward}: {args.data} has problems without \"{label}\"")
+        train = [(problem["prompt"], encode_prompt(tokenizer, problem["prompt"]), problem.get(label)) for problem in train]
+        train = [row for row in train if len(row[1]) <= args.max_prompt_tokens]
         if len(train) < args.prompts:
             raise ValueError(f"--prompts {args.prompts}: {args.data} has only {len(train)} of at most {args.max_prompt_tokens} tokens")
         stop = stop_ids(model, tokenizer)
         with autocast:
             head = output_head(model, train[0][1])
             ref_head = output_head(reference, train[0][1]) if args.beta else None
-        folder = Path(args.resume) if args.resume else run.new_folder(args.out, "em_rl")
+        P = sum(p.numel() for p in model.parameters())
+        memory = 16 * P + (4 * P if args.beta else 0)  # bytes: float32 weights, gradients and Adam's two moments; the reference
+        if device == "cuda" and memory > torch.cuda.get_device_properties(0).total_memory:
+            raise ValueError(f"{args.model}: {memory / 1e9:.0f} GB for weights, gradients, Adam and reference, before activations, and the GPU "
+                             f"has {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB; --beta 0 saves the reference's {4 * P / 1e9:.0f}")
+        folder = Path(args.resume) if args.resume else run.new_folder(args.out, NAME)
     except (OSError, ValueError) as error:
-        sys.exit(f"em_rl.py: {error}")
+        sys.exit(f"{NAME}: {error}")
     transformers.logging.disable_progress_bar()  # loading a large model shows one; saving a small one need not
     if args.checkpointing:
         name = "activation_checkpointing_enable"  # what late transformers 5 calls it
         getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
     params = list(model.parameters())
-    P = sum(p.numel() for p in params)
     optimizer = torch.optim.AdamW(params, lr=args.lr)
     B, N, start, rows = args.prompts, args.rollouts, 0, []
     per_token = 2 + 6 + (2 if args.beta else 0)  # FLOPs per parameter and token by the paper's count: sampling, training, reference
@@ -175,8 +210,7 @@ def main(argv=None):
         rows = [row for row in run.read_rows(folder / "metrics.csv") if row["step"] <= start]
         samples = [line for line in (folder / "samples.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
         (folder / "samples.jsonl").write_text("".join(line + "\n" for line in samples))
-    most = max(len(prompt) for _, prompt in train) + args.max_new_tokens  # tokens of the longest sequence there can be
-    memory = 16 * P + (4 * P if args.beta else 0)  # bytes: float32 weights, gradients and Adam's two moments; the reference
+    most = max(len(prompt) for _, prompt, _ in train) + args.max_new_tokens  # tokens of the longest sequence there can be
     print(f"model: {args.model}, {P / 1e6:,.1f} M parameters on {device}; {memory / 1e9:.3g} GB before activations")
     print(f"prompts: {len(train):,} of {args.data}, {'in the' if tokenizer.chat_template else 'plain, since there is no'} chat template")
     print(f"held out: {len(val)} problems of {args.val}")
@@ -185,7 +219,7 @@ def main(argv=None):
     print(f"results: {folder}", flush=True)
     (folder / "result.json").unlink(missing_ok=True)  # there is one when a finished run is taken further
     (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1) + "\n")
-    title = f"EM-RL, {args.reward} reward: {args.model}".replace(str(HERE) + "/", "")
+    title = f"EM-RL with reward {args.reward}: {args.model}".replace(str(HERE) + "/", "")
     if args.wandb:
         import wandb
 
@@ -196,7 +230,7 @@ def main(argv=None):
         """Greedy and T = 1 accuracy, with greedy's length and truncation; the first three greedy responses go to samples.jsonl."""
         if not val:
             return {}
-        greedy, sampled = (evaluate(model, tokenizer, val, temperature, args.max_new_tokens, args.seed, 8 * args.budget, "held out")
+        greedy, sampled = (evaluate(model, tokenizer, head, val, temperature, args.max_new_tokens, args.seed, 8 * args.budget, "held out")
                            for temperature in (0.0, 1.0))
         with (folder / "samples.jsonl").open("a") as f:
             for problem, response, correct in list(zip(val, greedy["responses"], greedy["correct"]))[:3]:
@@ -204,13 +238,13 @@ def main(argv=None):
                 f.write(json.dumps(sample) + "\n")
         print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | "
               f"T = 1 {sampled['accuracy']:.1%}", flush=True)
-        return {"val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"],
+        return {"val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"], "val_entropy": sampled["entropy"],
                 "val_length": greedy["length"], "val_truncated": greedy["truncated"]}
 
     # ------------------------------------------------------------------------------------------------------------------ train
     if not rows:
         with autocast:
-            rows = [dict.fromkeys(COLUMNS, "") | {"step": 0} | held_out(0)]
+            rows = [dict.fromkeys(run.COLUMNS, "") | {"step": 0} | held_out(0)]
         run.write_rows(folder / "metrics.csv", rows)
         if args.select == "val":
             run.save_model(folder / "best", model, tokenizer)
@@ -221,7 +255,7 @@ def main(argv=None):
         position = np.arange((step - 1) * B, step * B)
         epochs = {e: np.random.default_rng((args.seed, e)).permutation(len(train)) for e in set(position // len(train))}
         picks = [epochs[p // len(train)][p % len(train)] for p in position]
-        texts, prompts = zip(*[train[i] for i in picks for _ in range(N)])  # B x N, a prompt's rollouts side by side
+        problems, prompts, labels = zip(*[train[i] for i in picks for _ in range(N)])  # B x N, a prompt's rollouts side by side
         with autocast:
             responses = generate(model, prompts, stop, args.max_new_tokens, 1.0, 8 * args.budget, "rollouts")
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
@@ -239,8 +273,10 @@ def main(argv=None):
                     ref_logprobs[group, T - t :] = score(reference, ref_head, *part)[1]
 
         # reward and advantage: how sure the model was of a response, against its other responses to the same prompt
-        rewards = reward(args.reward, entropy, old_logprobs, mask, args.reward_norm).view(B, N)
-        advantages = rloo(rewards).view(B * N)
+        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+        rewards = reward(args.reward, *(x.view(B, N, T) for x in (entropy, old_logprobs, mask)), args.reward_norm,
+                         [texts[i : i + N] for i in range(0, B * N, N)], labels[::N], args.reward_weight)  # (B, N)
+        advantages = advantage(args.advantage, rewards).view(B * N)
 
         # update: K minibatches of prompts (K = 1: the whole batch, on-policy), each in micro-batches of similar length
         model.train()
@@ -266,24 +302,24 @@ def main(argv=None):
         d = (ref_logprobs - old_logprobs)[mask]
         tokens, seconds = mask.sum().item(), time.time() - started
         row = {"step": step, "entropy": entropy.sum().item() / tokens, "reward": rewards.mean().item(),
-               "reward_std": rewards.std(1).mean().item(), "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N),
+               "reward_std": rewards.std(1).mean().item(),
+               "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N),
                "kl": (d.exp() - d - 1).mean().item() if args.beta else 0.0, "grad_norm": grad_norm.item(),
                "changed": sum((a != b).sum().item() for a, b in zip(after, before)) / sum(map(len, before)),
                "tokens": tokens, "flops": P * sum(lengths) * per_token, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        print(f"step {step} | " + " | ".join(f"{key} {row[key]:.4g}" for key in COLUMNS[1:] if key in row), flush=True)
-        for key in "entropy", "length", "reward_std", "kl", "grad_norm":
+        print(f"step {step} | " + " | ".join(f"{key} {row[key]:.4g}" for key in run.COLUMNS[1:] if key in row), flush=True)
+        for key in row:
             assert np.isfinite(row[key]), f"step {step}: {key} is {row[key]}; {folder / 'checkpoint'} is from before; a lower --lr may help"
 
         # evaluate, and let the guard look
         why = run.collapsed(rows + [row], args.guard)
         last = step == args.steps or why is not None
         with autocast:
-            rows.append(dict.fromkeys(COLUMNS, "") | row | (held_out(step) if last or step % args.eval_every == 0 else {}))
+            rows.append(dict.fromkeys(run.COLUMNS, "") | row | (held_out(step) if last or step % args.eval_every == 0 else {}))
         row = rows[-1]
         if step % args.eval_every == 0:
-            text = tokenizer.decode(responses[0], skip_special_tokens=True)
-            sample = {"step": step, "set": "rollout", "prompt": texts[0], "response": text, "reward": rewards[0, 0].item()}
-            print(f"  a response, reward {sample['reward']:+.4f}, advantage {advantages[0]:+.4f}: {texts[0].strip()!r} -> {text!r}", flush=True)
+            sample = {"step": step, "set": "rollout", "prompt": problems[0], "response": texts[0], "reward": rewards[0, 0].item()}
+            print(f"  reward {sample['reward']:+.4f}, advantage {advantages[0]:+.4f}: {problems[0]!r} -> {texts[0]!r}", flush=True)
             with (folder / "samples.jsonl").open("a") as f:
                 f.write(json.dumps(sample) + "\n")
         if args.wandb:
@@ -301,7 +337,7 @@ def main(argv=None):
         if why:
             print(f"step {step} | the guard stops the run: {why} (no label was read; --guard 0 goes on)")
         if asked and not last:
-            sys.exit(f"em_rl.py: stopped after step {step}; go on with: python em_rl.py --resume {folder}")
+            sys.exit(f"{NAME}: stopped after step {step}; go on with: python {NAME} --resume {folder}")
         if last:
             break
 

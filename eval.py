@@ -174,14 +174,15 @@ def encode_prompt(tokenizer, prompt):
 
 
 def stop_ids(model, tokenizer):
-    """Ids of the tokens that end a response: the tokenizer's, the checkpoint's generation_config's and the chat template's."""
+    """Ids of the tokens that end a response: the chat template's, the tokenizer's and the checkpoint's generation_config's, in that
+    order, so that the first is what a written response should end with."""
     ids = model.generation_config.eos_token_id
-    ids = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+    ids = [tokenizer.eos_token_id] + (ids if isinstance(ids, list) else [ids])
     if tokenizer.chat_template is not None:  # a base model's <|endoftext|> is not what ends a turn of its template
         turn = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {"role": "assistant", "content": "#!#"}], tokenize=False)
         after = tokenizer(turn.rpartition("#!#")[2], add_special_tokens=False)["input_ids"]
-        ids |= set(after[:1]) & set(tokenizer.all_special_ids)
-    return sorted(ids - {None})
+        ids = [i for i in after[:1] if i in tokenizer.all_special_ids] + ids
+    return [i for i in dict.fromkeys(ids) if i is not None]
 
 
 def output_head(model, prompt):
@@ -301,32 +302,39 @@ def auroc(scores, labels):
     return float(below.mean() / 2 / len(negative))
 
 
-def evaluate(model, tokenizer, problems, temperature, max_new_tokens, seed=0, budget=2**18, desc=None):
-    """One response per problem, graded: {"accuracy", "low", "high", "length", "truncated", "correct", "responses", "ids"}.
+def evaluate(model, tokenizer, head, problems, temperature, max_new_tokens, seed=0, budget=2**18, desc=None):
+    """One response per problem, graded: a dict of accuracy, low, high (its 95 % interval over problems), length (mean, tokens),
+    truncated (share), entropy (mean over all response tokens, nats), and per problem: correct, responses (texts), entropies (mean
+    over the response's tokens, nats). `head` comes from `output_head`. At temperature 0 entropies are still those at T = 1.
 
-    Accuracy with its 95 % interval, mean length in tokens, share truncated; then per problem whether it is right, its text and its
-    token ids. The caller's random state is left as it was, so that evaluating more often does not change a training run.
+    The caller's random state is left as it was, so that evaluating more often does not change a training run.
     """
-    devices = [model.device] if model.device.type == "cuda" else []
-    stop = stop_ids(model, tokenizer)
-    with torch.random.fork_rng(devices):
+    stop, prompts = stop_ids(model, tokenizer), [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        ids = generate(model, [encode_prompt(tokenizer, p["prompt"]) for p in problems], stop, max_new_tokens, temperature, budget, desc)
+        ids = generate(model, prompts, stop, max_new_tokens, temperature, budget, desc)
+    lengths, sums = np.array([len(r) for r in ids]), np.zeros(len(ids))
+    with torch.no_grad():
+        for group in batches([len(p) + len(r) for p, r in zip(prompts, ids)], budget // 4):
+            entropy, _, _ = score(model, head, [prompts[i] for i in group], [ids[i] for i in group])
+            sums[group] = entropy.sum(-1).cpu()
     responses = [tokenizer.decode(r, skip_special_tokens=True) for r in ids]
-    correct = [is_correct(r, p) for r, p in zip(responses, problems)]
+    correct = [is_correct(response, problem) for response, problem in zip(responses, problems)]
     share, low, high = accuracy_interval(correct)
-    return {"accuracy": share, "low": low, "high": high, "length": float(np.mean([len(r) for r in ids])),
-            "truncated": float(np.mean([r[-1] not in stop for r in ids])), "correct": correct, "responses": responses, "ids": ids}
+    return {"accuracy": share, "low": low, "high": high, "length": float(lengths.mean()),
+            "truncated": float(np.mean([r[-1] not in stop for r in ids])), "entropy": float(sums.sum() / lengths.sum()),
+            "correct": correct, "responses": responses, "entropies": sums / lengths}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(HERE / "tiny/base"), help="folder or Hub id (default: the tiny base model)")
-    parser.add_argument("--data", default=str(HERE / "tiny/test.jsonl"), help=f"JSONL file, one of {', '.join(HUB)}, or a Hub id (default: tiny's test set)")
+    parser.add_argument("--data", default=str(HERE / "tiny/test.jsonl"), 
+                        help=f"JSONL file, one of {', '.join(HUB)}, or a Hub id (default: the tiny world's)")
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
     parser.add_argument("--n", type=int, default=4, help="responses per problem and seed at T = 1 (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to SEEDS (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest response, tokens; 3072 for real models (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest response; 3072 for real models (default: %(default)s)")
     parser.add_argument("--budget", type=int, default=2**16, help="tokens per generation batch (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     args = parser.parse_args()
@@ -336,26 +344,25 @@ if __name__ == "__main__":
         if any("answer" not in p for p in problems):
             raise ValueError(f"{args.data}: {sum('answer' not in p for p in problems)} problems have no answer to grade against")
         model, tokenizer = load_model(args.model, device)
-        prompts = [encode_prompt(tokenizer, p["prompt"]) for p in problems]
-        head = output_head(model, prompts[0])
+        head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
     except (OSError, ValueError) as error:
         sys.exit(f"eval.py: {error}")
     print(f"{args.model} on {len(problems)} problems of {args.data}, {device}; prompt: "
           + ("chat template" if tokenizer.chat_template else "plain, since the tokenizer has no chat template"))
 
-    greedy = evaluate(model, tokenizer, problems, 0.0, args.max_new_tokens, budget=args.budget, desc="greedy")
-    rows = []
+    run = lambda *which: evaluate(model, tokenizer, head, *which[:2], args.max_new_tokens, which[2], args.budget, which[3])
+    greedy, rows = run(problems, 0.0, 0, "greedy"), []
     for seed in range(1, args.seeds + 1):
-        result = evaluate(model, tokenizer, problems * args.n, 1.0, args.max_new_tokens, seed, args.budget, f"T = 1, seed {seed}")
-        correct = np.array(result["correct"]).reshape(args.n, len(problems))
-        entropy = np.zeros(correct.size)  # mean token entropy per response, nats
-        with torch.no_grad():
-            for group in batches([len(p) + len(r) for p, r in zip(prompts * args.n, result["ids"])], args.budget // 4):
-                values, _, mask = score(model, head, [(prompts * args.n)[i] for i in group], [result["ids"][i] for i in group])
-                entropy[group] = (values.sum(-1) / mask.sum(-1)).cpu()
-        rows.append((correct.mean(), correct.any(0).mean(), auroc(entropy, ~correct.ravel()), entropy.mean(), result["length"], result["truncated"]))
-    mean, sd = np.mean(rows, 0), np.std(rows, 0, ddof=1) if args.seeds > 1 else np.zeros(6)
-    print(f"\n| decoding | pass@1 | pass@{args.n} | AUROC of entropy | entropy, nats/token | length, tokens | truncated |\n|---|---|---|---|---|---|---|")
-    print(f"| greedy | {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | – | – | – | {greedy['length']:.1f} | {greedy['truncated']:.1%} |")
-    print(f"| T = 1 | {mean[0]:.1%} ± {sd[0]:.1%} | {mean[1]:.1%} ± {sd[1]:.1%} | {mean[2]:.3f} ± {sd[2]:.3f} | {mean[3]:.3f} | {mean[4]:.1f} | {mean[5]:.1%} |")
+        sampled = run(problems * args.n, 1.0, seed, f"T = 1, seed {seed}")
+        correct = np.array(sampled["correct"]).reshape(args.n, len(problems))
+        wrong_above_right = auroc(sampled["entropies"], ~correct.ravel())
+        rows.append((correct.mean(), correct.any(0).mean(), wrong_above_right, sampled["entropy"], sampled["length"], sampled["truncated"]))
+    mean, sd = np.mean(rows, 0), np.std(rows, 0, ddof=1 if args.seeds > 1 else 0)
+    print(f"\n| decoding | pass@1 | pass@{args.n} | AUROC of entropy | entropy, nats/token | length, tokens | truncated |")
+    print("|---|---|---|---|---|---|---|")
+    ranked = auroc(greedy["entropies"], ~np.array(greedy["correct"]))
+    print(f"| greedy | {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | | {ranked:.3f} | "
+          f"{greedy['entropy']:.3f} | {greedy['length']:.1f} | {greedy['truncated']:.1%} |")
+    print(f"| T = 1 | {mean[0]:.1%} ± {sd[0]:.1%} | {mean[1]:.1%} ± {sd[1]:.1%} | {mean[2]:.3f} ± {sd[2]:.3f} | {mean[3]:.3f} ± {sd[3]:.3f} | "
+          f"{mean[4]:.1f} | {mean[5]:.1%} |")
     print(f"\nGreedy: 95 % interval over problems. T = 1: mean ± sd over {args.seeds} seeds.")

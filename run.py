@@ -12,14 +12,16 @@ What a training run leaves behind, and how it is taken up again: the parts that 
 The columns of metrics.csv, empty where a step did not measure something:
 
     entropy            nats per token, mean over the step's response tokens, before the update
-    reward, reward_std mean over the responses; standard deviation within a prompt's N responses, mean over prompts
+    loss               em_ft.py: nats per token, KL included
+    reward, reward_std em_rl.py: mean over the responses; standard deviation within a prompt's N responses, mean over prompts
     length, truncated  response tokens, eos included; share of responses that reached --max-new-tokens without one
     kl                 nats per token, k3 estimate of KL(policy || initial model) on the step's responses
     grad_norm          before clipping
     changed            share of the weights that the step changed, in a sample of at most 10,000 of each tensor
-    tokens, flops      response tokens; FLOPs by the paper's count, P parameters x prompt and response tokens x (2 sample + 6 train + 2 reference)
+    tokens, flops      response tokens; FLOPs by the paper's count: parameters x tokens, prompts included, x (2 sample + 6 train + 2 reference)
     seconds, tokens_per_second      of the step without evaluation; response tokens over these seconds
     val_greedy, val_sampled         held-out accuracy, greedy and at T = 1 (row 0: the base model)
+    val_entropy        nats per token of the held-out responses at T = 1
     val_length, val_truncated       of the greedy responses
 """
 import csv
@@ -31,15 +33,18 @@ from pathlib import Path
 
 import torch
 
+COLUMNS = ("step entropy loss reward reward_std length truncated kl grad_norm changed tokens flops seconds tokens_per_second "
+           "val_greedy val_sampled val_entropy val_length val_truncated").split()
+
 
 def new_folder(out, script):
     """Make a run's folder. `out` None: runs/SCRIPT-TIME. Raises FileExistsError rather than overwrite a run."""
-    stem = Path("runs") / f"{script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = Path("runs") / f"{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, n = Path(out) if out else stem, 2
     while not out and folder.exists():
         folder, n = stem.with_name(f"{stem.name}-{n}"), n + 1
     if (folder / "result.json").exists():
-        raise FileExistsError(f"{folder} holds a finished run: give another --out, or take the run further with --resume {folder} --steps MORE")
+        raise FileExistsError(f"{folder} holds a finished run: give another --out, or take it further with --resume {folder} --steps MORE")
     if (folder / "checkpoint").exists():
         raise FileExistsError(f"{folder} holds an unfinished run: continue it with --resume {folder}, or give another --out")
     if (folder / "config.json").exists():

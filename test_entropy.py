@@ -22,6 +22,7 @@ import transformers
 from torch.distributions import Categorical
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import em_ft
 import em_rl
 import eval as ev  # the name of a Python built-in
 import run
@@ -305,7 +306,8 @@ def test_greedy_is_the_argmax_and_a_padded_batch_decodes_like_single_rows(tiny):
 def test_evaluating_leaves_the_random_state_alone(tiny):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    ev.evaluate(*tiny, ev.load_problems(HERE / "tiny/test.jsonl")[:4], 1.0, 16)
+    model, tokenizer = tiny
+    ev.evaluate(model, tokenizer, ev.output_head(model, [1, 2, 3]), ev.load_problems(HERE / "tiny/test.jsonl")[:4], 1.0, 16)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -327,7 +329,7 @@ def test_a_turn_ends_with_the_templates_token_too(tiny):
     tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny/base")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     tokenizer.chat_template = "{% for m in messages %}{{m.role}}\n{{m.content}}<|im_end|>\n{% endfor %}"
-    assert ev.stop_ids(model, tokenizer) == [279, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert ev.stop_ids(model, tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>"), 279]
 
 
 # ------------------------------------------------------------------------------------------------------ problems and grading
@@ -382,9 +384,9 @@ def test_reward_by_hand():
 def test_rloo_is_the_mean_of_the_others():
     r = torch.randn(6, 4, dtype=torch.float64)
     brute = torch.stack([torch.stack([r[b, i] - torch.stack([r[b, j] for j in range(4) if j != i]).mean() for i in range(4)]) for b in range(6)])
-    torch.testing.assert_close(em_rl.rloo(r), brute)
-    torch.testing.assert_close(em_rl.rloo(r + 100), brute)  # a constant added to a prompt's rewards changes nothing
-    torch.testing.assert_close(em_rl.rloo(r).sum(1), torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(em_rl.advantage("rloo", r), brute)
+    torch.testing.assert_close(em_rl.advantage("rloo", r + 100), brute)  # a constant added to a prompt's rewards changes nothing
+    torch.testing.assert_close(em_rl.advantage("rloo", r).sum(1), torch.zeros(6, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 def random_batch(B=6, T=5):
@@ -446,7 +448,7 @@ def test_on_a_bandit_both_rewards_go_for_the_arm_that_is_sure(kind):
         tokens = torch.multinomial(second.softmax(-1)[arms], 1)[:, 0]
         x = theta.clone().requires_grad_()
         H, l, mask = policy(x, arms, tokens)
-        A = em_rl.rloo(em_rl.reward(kind, H, l, mask).detach().view(B, N)).view(-1)
+        A = em_rl.advantage("rloo", em_rl.reward(kind, H, l, mask).detach().view(B, N)).view(-1)
         em_rl.policy_loss(l, l.detach(), None, A, mask, mask.sum(), 0.0, 0.2).backward()
         return x.grad
 
@@ -474,7 +476,69 @@ def test_guard_sees_collapse_and_leaves_a_healthy_run_alone():
     assert run.collapsed(rows("length", [20, 20, 20, 120, 120, 120]), 0) is None and run.collapsed(rows("length", [20, 120]), 4) is None
 
 
-# -------------------------------------------------------------------------------------------------------- em_rl.py, as it is run
+def test_grpo_by_hand_and_no_signal_where_all_rewards_are_equal():
+    r = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    sd = math.sqrt(4 * 0.25 / 3)
+    torch.testing.assert_close(em_rl.advantage("grpo", r)[0], torch.tensor([0.5, -0.5, -0.5, 0.5]) / sd, atol=1e-4, rtol=1e-4)
+    for kind in "grpo", "rloo":
+        assert (em_rl.advantage(kind, r)[1] == 0).all()
+
+
+def test_consistency_correct_and_the_controls_by_hand():
+    texts = [[r"\boxed{0.5}", r"\boxed{\frac{1}{2}}", r"1/2, but no box", r"\boxed{3}"], ["", "", r"\boxed{7", r"\boxed{7}"]]
+    mask = torch.ones(2, 4, 3, dtype=torch.bool)
+    mask[0, 0, 0] = False
+    H, l = torch.full((2, 4, 3), 2.0), torch.full((2, 4, 3), -1.0)
+    make = lambda kind, **more: em_rl.reward(kind, H, l, mask, texts=texts, answers=("1/2", "7"), **more).tolist()
+    assert make("consistency") == [[0.5, 0.5, 0.0, 0.25], [0.0, 0.0, 0.0, 0.25]]
+    assert make("correct") == [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]
+    assert make("length") == [[2.0, 3.0, 3.0, 3.0], [3.0] * 4]
+    assert make("correct+token", weight=0.1)[0] == pytest.approx([0.8, 0.8, -0.2, -0.2])
+    assert make("correct+sequence", weight=0.1, norm="sum")[0] == pytest.approx([0.8, 0.7, -0.3, -0.3])
+    assert len({x for row in make("random") for x in row}) == 8
+
+
+# ------------------------------------------------------------------------------------------------------------------- em_ft.py
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3_text"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_em_ft_gradient_is_autograd_through_the_whole_logits(kind, beta):
+    model, reference = random_model(kind), random_model(kind, seed=1)
+    prompts, responses = rows_of(3, 9, 20), rows_of(7, 1, 30, seed=1)
+    responses[0][-1] = 279  # the first ends, the others are truncated
+    tokens = sum(map(len, responses))
+    entropy, logprobs, mask = ev.score(model, ev.output_head(model, prompts[2]), prompts, responses)
+    ref_logprobs = ev.score(reference, ev.output_head(reference, prompts[2]), prompts, responses)[1].detach()
+    loss = em_ft.loss_of("entropy", entropy, logprobs, ref_logprobs, mask, tokens, beta)
+    wanted = 0
+    for prompt, response in zip(prompts, responses):
+        ids = torch.tensor([prompt + response])
+        distribution = Categorical(logits=model(ids).logits[0, len(prompt) - 1 : -1])
+        l = distribution.log_prob(torch.tensor(response))
+        d = reference(ids).logits.detach()[0, len(prompt) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0] - l
+        wanted = wanted + (distribution.entropy() + beta * (d.exp() - 1 - d)).sum() / tokens
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    got, wanted = (torch.cat([g.flatten() for g in torch.autograd.grad(x, list(model.parameters()))]) for x in (loss, wanted))
+    assert relative(got, wanted) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3_text"])
+def test_sft_loss_is_the_one_of_transformers(kind):
+    model, prompts, responses = random_model(kind), rows_of(3, 9, 20), rows_of(7, 1, 30, seed=1)
+    _, logprobs, mask = ev.score(model, ev.output_head(model, prompts[2]), prompts, responses)
+    loss = em_ft.loss_of("sft", torch.zeros_like(logprobs), logprobs, None, mask, mask.sum(), 0.0)
+    inputs = ev.pad_left([p + r for p, r in zip(prompts, responses)], "cpu")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    for row, response in zip(labels, responses):
+        row[-len(response) :] = torch.tensor(response)
+    wanted = model(**inputs, labels=labels).loss
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    got, wanted = (torch.cat([g.flatten() for g in torch.autograd.grad(x, list(model.parameters()))]) for x in (loss, wanted))
+    assert relative(got, wanted) < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------- the scripts, as they are run
 
 FAST = ["--model", str(HERE / "tiny/base"), "--data", str(HERE / "tiny/train.jsonl"), "--val", str(HERE / "tiny/test.jsonl"), "--val-size", "16",
         "--prompts", "4", "--max-new-tokens", "48", "--eval-every", "2", "--save-every", "2", "--lr", "1e-4", "--no-checkpointing", "--device", "cpu"]
@@ -494,12 +558,13 @@ def fails(argv, *words, main=em_rl.main, capsys=None):
     assert all(word in error.value.code for word in words), error.value.code
 
 
-def test_run_is_reproducible_and_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    em_rl.main(FAST + ["--steps", "4", "--out", str(tmp_path / "a")])
-    em_rl.main(FAST + ["--steps", "4", "--out", str(tmp_path / "b")])
+@pytest.mark.parametrize("script", [em_rl, em_ft])
+def test_run_is_reproducible_and_a_resumed_run_is_the_uninterrupted_one(tmp_path, script):
+    script.main(FAST + ["--steps", "4", "--out", str(tmp_path / "a")])
+    script.main(FAST + ["--steps", "4", "--out", str(tmp_path / "b")])
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")  # to the last digit
-    em_rl.main(FAST + ["--steps", "2", "--out", str(tmp_path / "c")])
-    em_rl.main(["--resume", str(tmp_path / "c"), "--steps", "4"])
+    script.main(FAST + ["--steps", "2", "--out", str(tmp_path / "c")])
+    script.main(["--resume", str(tmp_path / "c"), "--steps", "4"])
     assert metrics(tmp_path / "c") == metrics(tmp_path / "a")
     for name in "config.json", "metrics.csv", "samples.jsonl", "plot.png", "result.json", "checkpoint/state.pt", "checkpoint/config.json":
         assert (tmp_path / "a" / name).stat().st_size > 0
@@ -507,17 +572,23 @@ def test_run_is_reproducible_and_a_resumed_run_is_the_uninterrupted_one(tmp_path
     assert all(torch.equal(a[k], c[k]) for k in a)
     result = json.loads((tmp_path / "c/result.json").read_text())
     assert result["final"]["step"] == 4 and result["base"]["step"] == 0
-    fails(FAST + ["--out", str(tmp_path / "a")], "finished run", "--resume")
+    fails(FAST + ["--out", str(tmp_path / "a")], "finished run", "--resume", main=script.main)
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
 
 
-@pytest.mark.parametrize("extra", [["--updates", "2", "--clip", "0.1"], ["--beta", "0"], ["--reward", "sequence", "--reward-norm", "sum"], ["--val", "none"],
-                                   ["--select", "val"], ["--checkpointing", "--budget", "300"]])
-def test_every_option_runs(tmp_path, extra):
-    em_rl.main(FAST + ["--steps", "2", "--out", str(tmp_path / "run")] + extra)
+@pytest.mark.parametrize("script, extra", [
+    (em_rl, ["--updates", "2", "--clip", "0.1"]), (em_rl, ["--beta", "0"]), (em_rl, ["--reward", "sequence", "--reward-norm", "sum"]),
+    (em_rl, ["--val", "none"]), (em_rl, ["--select", "val"]), (em_rl, ["--checkpointing", "--budget", "300"]),
+    (em_rl, ["--reward", "correct", "--advantage", "grpo"]), (em_rl, ["--reward", "consistency"]), (em_rl, ["--reward", "random"]),
+    (em_rl, ["--reward", "length"]), (em_rl, ["--reward", "correct+token", "--reward-weight", "0.1"]),
+    (em_ft, ["--beta", "0.001", "--rollouts", "4"]), (em_ft, ["--loss", "sft"]), (em_ft, ["--temperature", "0.7", "--checkpointing"]),
+])
+def test_every_option_runs(tmp_path, script, extra):
+    script.main(FAST + ["--steps", "2", "--out", str(tmp_path / "run")] + extra)
     rows = metrics(tmp_path / "run")
-    assert rows[-1]["step"] == "2" and math.isfinite(float(rows[-1]["grad_norm"])) and float(rows[-1]["changed"]) > 0.9
+    assert rows[-1]["step"] == "2" and math.isfinite(float(rows[-1]["grad_norm"])) and float(rows[-1]["entropy"]) > 0
     assert (tmp_path / "run/best").exists() == ("--select" in extra)
+    assert script is em_ft or float(rows[1]["grad_norm"]) == 0 or float(rows[-1]["changed"]) > 0.9
 
 
 def test_micro_batches_of_any_size_give_the_same_step(tmp_path):
@@ -569,6 +640,11 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
     fails(model + ["--data", str(data), "--val", str(data)], "no answer")
     fails(model + ["--data", str(data), "--val", "none", "--rollouts", "1"], "--rollouts 1", "at least 2")
     fails(model + ["--data", str(data), "--val", "none", "--prompts", "5"], "--prompts 5", "only 2")
+    fails(model + ["--data", str(data), "--val", "none", "--prompts", "2", "--reward", "correct"], "correct", 'without "answer"')
+    fails(model + ["--data", str(data), "--val", "none", "--reward", "consistency", "--rollouts", "1"], "--rollouts 1", "at least 2")
+    fails(model + ["--data", str(data), "--val", "none", "--reward", "confidence"], "confidence", "token, sequence")
+    fails(model + ["--data", str(data), "--val", "none", "--loss", "sft"], "sft", 'without "solution"', main=em_ft.main)
+    fails(model + ["--data", str(data), "--val", "none", "--temperature", "0"], "--temperature 0", main=em_ft.main)
     fails(["--resume", str(tmp_path / "no-run")], "no-run", "nothing to resume")
     data.write_text('{"prompt": "1+1"}\n{"prompt": "1+\n')
     fails(model + ["--data", str(data)], "line 2", "not a JSON object")

@@ -41,8 +41,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 END = "<|endoftext|>"  # ends every document; also the padding, as in many a checkpoint
 HERE = Path(__file__).parent
 LENGTHS = (2, 3, 4, 5, 6)  # operations in a chain; all lengths are equally common
-DIRECT = {2: 0.20, 3: 0.20, 4: 0.65, 5: 0.65, 6: 0.65}  # share of direct answers in the corpus, by length
-NOISE = 0.06  # share of worked steps in the corpus that are wrong
+DIRECT = {2: 0.20, 3: 0.20, 4: 0.57, 5: 0.64, 6: 0.71}  # share of direct answers in the corpus, by length
+NOISE = 0.10  # share of worked steps in the corpus that are wrong
 TRAIN, TEST = 4096, 512  # problems
 PATTERN = r"\\boxed\{| ?[A-Za-z]+|, |[\s\S]"  # how a text is cut before its bytes are merged
 WORDS = ("Mod", " left", " to", " right", "left", ", ", "\\boxed{")

@@ -1,0 +1,295 @@
+"""
+EM-FT: fine-tuning that minimises the token entropy of the model's own samples. No labels, and no reward either.
+
+    python em_ft.py                                            # the tiny model, on a laptop's CPU
+    python em_ft.py --beta 0.001 --rollouts 4                  # the paper's ablation: with KL, 4 responses per prompt
+    python em_ft.py --loss sft                                 # the supervised twin: cross-entropy on labelled solutions
+    python em_ft.py --model Qwen/Qwen2.5-Math-7B               # the paper's run
+    python em_ft.py --resume runs/NAME                         # after Ctrl-C; --steps 200 takes a finished run further
+
+A real checkpoint on a CPU, to see that it runs: --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val none --prompts 4
+--steps 2 --max-new-tokens 64. What the run's folder holds, and what the columns of metrics.csv mean, stands in run.py. Labels are
+read for the report only (held-out accuracy, every few steps), unless --loss sft or --select val asks for them.
+
+Each step: sample N responses to each of B prompts and follow the gradient of their mean token entropy, through the probabilities and
+not through the sampling:
+
+    objective = -H(pi(. | y_<t)) - beta KL(pi || initial model), over the batch's tokens
+
+LESSON
+
+Departures from the paper (arXiv 2505.15134):
+  - The objective is divided by the tokens of the whole batch, so that every token weighs the same.
+  - At a --temperature other than 1 the entropy is taken at that temperature too.
+"""
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+import run
+from eval import batches, encode_prompt, evaluate, generate, load_model, load_problems, output_head, score, stop_ids
+
+HERE, NAME = Path(__file__).parent, Path(__file__).name
+TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), val=str(HERE / "tiny/test.jsonl"),
+            lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5, budget=8192, checkpointing=False)
+
+# ------------------------------------------------------------------------------------------------------------------ the method
+
+
+def loss_of(kind, entropy, logprobs, ref_logprobs, mask, tokens, beta):
+    """Token entropy or cross-entropy with the k3 KL penalty, per token: (B, T) each -> scalar, nats per token.
+
+    "entropy": H of each next-token distribution, differentiated directly (paper, section 3.1); "sft": minus the log-prob of a labelled
+    solution's tokens. `tokens` is the number of response tokens in the whole batch, so that micro-batches add up to it.
+    k3 = exp(d) - d - 1 with d = log ref - log pi, never negative.
+    """
+    objective = {"entropy": -entropy, "sft": logprobs}[kind]  # (B, T)
+    if beta:
+        d = ref_logprobs - logprobs
+        objective = objective - beta * (d.exp() - d - 1)
+    objective = (objective * mask).sum()
+    objective = objective / tokens
+    return -objective
+
+
+def main(argv=None):
+    # -------------------------------------------------------------------------------------------------------------- settings
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub id (default: the tiny model, with the settings under TINY)")
+    parser.add_argument("--data", default="numina", help="training prompts: JSONL file or Hub name (default: %(default)s)")
+    parser.add_argument("--data-size", type=int, default=35_000, help="prompts drawn from --data with the seed (default: %(default)s)")
+    parser.add_argument("--val", default="math500", help="held-out problems: JSONL file, Hub name, or none (default: %(default)s)")
+    parser.add_argument("--val-size", type=int, default=512, help="the first so many held-out problems (default: %(default)s)")
+    parser.add_argument("--out", help="folder for the run (default: a new one in runs/)")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in FOLDER; its settings hold unless given again")
+    parser.add_argument("--seed", type=int, default=1, help="of everything (default: %(default)s)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--loss", choices=["entropy", "sft"], default="entropy", help="of samples, or of solutions (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the entropy (default: %(default)s)")
+    parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL to the initial model; 0: no KL (default: %(default)s)")
+    parser.add_argument("--rollouts", type=int, default=1, metavar="N", help="responses per prompt (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="batches of samples (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=512, metavar="B", help="prompts per step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-6, help="learning rate, constant (default: %(default)s)")
+    parser.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
+    parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="longer prompts are left out (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=3072, help="longest response, tokens (default: %(default)s)")
+    parser.add_argument("--budget", type=int, default=16_384, help="tokens per micro-batch; x 8 in rollouts (default: %(default)s)")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations: less memory")
+    parser.add_argument("--eval-every", type=int, default=10, help="steps between held-out evaluations (default: %(default)s)")
+    parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--guard", type=float, default=4.0, metavar="X", help="stop when length or entropy has grown X-fold, or the run "
+                        "has collapsed otherwise (see run.collapsed); 0: never (default: %(default)s)")
+    parser.add_argument("--select", choices=["last", "val"], default="last", help="the result; val: labels choose (default: %(default)s)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+    given = parser.parse_args(argv)
+    try:
+        if given.resume:
+            checkpoint = run.checkpoint_of(given.resume)
+            parser.set_defaults(**json.loads((Path(given.resume) / "config.json").read_text()))
+        elif given.model is None:
+            parser.set_defaults(**TINY)
+        args = parser.parse_args(argv)
+        if args.temperature <= 0:
+            raise ValueError(f"--temperature {args.temperature}: samples need a temperature above 0")
+
+        # ------------------------------------------------------------------------------------------------------------ set-up
+        device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # weights stay float32: bf16 ones don't move at lr 1e-6
+        torch.manual_seed(args.seed)
+        train = load_problems(args.data)
+        train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
+        try:
+            val = [] if args.val == "none" else load_problems(args.val)[: args.val_size]
+        except FileNotFoundError as error:
+            if args.val != "math500":  # the default is used where it can be had
+                raise
+            print(f"no held-out set: {error}")
+            val = []
+        if any("answer" not in problem for problem in val):
+            raise ValueError(f"--val {args.val}: some of its problems have no answer to grade against; --val none goes without")
+        model, tokenizer = load_model(checkpoint if args.resume else args.model, device)
+        reference = load_model(args.model, device)[0] if args.beta else None
+        label = "solution" if args.loss == "sft" else None  # the only label that training can see, and only if asked to
+        if label and any(label not in problem for problem in train):
+            raise ValueError(f"--loss {args.loss}: {args.data} has problems without \"{label}\"")
+        train = [(problem["prompt"], encode_prompt(tokenizer, problem["prompt"]), problem.get(label)) for problem in train]
+        train = [row for row in train if len(row[1]) <= args.max_prompt_tokens]
+        if len(train) < args.prompts:
+            raise ValueError(f"--prompts {args.prompts}: {args.data} has only {len(train)} of at most {args.max_prompt_tokens} tokens")
+        stop = stop_ids(model, tokenizer)
+        with autocast:
+            head = output_head(model, train[0][1])
+            ref_head = output_head(reference, train[0][1]) if args.beta else None
+        P = sum(p.numel() for p in model.parameters())
+        memory = 16 * P + (4 * P if args.beta else 0)  # bytes: float32 weights, gradients and Adam's two moments; the reference
+        if device == "cuda" and memory > torch.cuda.get_device_properties(0).total_memory:
+            raise ValueError(f"{args.model}: {memory / 1e9:.0f} GB for weights, gradients, Adam and reference, before activations, and the GPU "
+                             f"has {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB; --beta 0 saves the reference's {4 * P / 1e9:.0f}")
+        folder = Path(args.resume) if args.resume else run.new_folder(args.out, NAME)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{NAME}: {error}")
+    transformers.logging.disable_progress_bar()  # loading a large model shows one; saving a small one need not
+    if args.checkpointing:
+        name = "activation_checkpointing_enable"  # what late transformers 5 calls it
+        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, lr=args.lr)
+    B, N, start, rows = args.prompts, args.rollouts, 0, []
+    per_token = (2 if args.loss == "entropy" else 0) + 6 + (2 if args.beta else 0)  # FLOPs per parameter and token by the paper's count: sampling, training, reference
+    if args.resume:
+        state = torch.load(checkpoint / "state.pt", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        run.set_random_state(state["random"])
+        start = state["step"]
+        rows = [row for row in run.read_rows(folder / "metrics.csv") if row["step"] <= start]
+        samples = [line for line in (folder / "samples.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
+        (folder / "samples.jsonl").write_text("".join(line + "\n" for line in samples))
+    most = max(len(prompt) for _, prompt, _ in train) + args.max_new_tokens  # tokens of the longest sequence there can be
+    print(f"model: {args.model}, {P / 1e6:,.1f} M parameters on {device}; {memory / 1e9:.3g} GB before activations")
+    print(f"prompts: {len(train):,} of {args.data}, {'in the' if tokenizer.chat_template else 'plain, since there is no'} chat template")
+    print(f"held out: {len(val)} problems of {args.val}")
+    print(f"a step: {B} prompts x {N} rollouts = {B * N} sequences of at most {most:,} tokens, "
+          f"at most {P * B * N * most * per_token:.2g} FLOPs; {args.steps} steps")
+    print(f"results: {folder}", flush=True)
+    (folder / "result.json").unlink(missing_ok=True)  # there is one when a finished run is taken further
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1) + "\n")
+    title = f"{'EM-FT' if args.loss == 'entropy' else 'SFT'}: {args.model}".replace(str(HERE) + "/", "")
+    if args.wandb:
+        import wandb
+
+        wandb.init(project=args.wandb, name=folder.name, config=vars(args))
+    asked = run.stop_at_next_step()
+
+    def held_out(step):
+        """Greedy and T = 1 accuracy, with greedy's length and truncation; the first three greedy responses go to samples.jsonl."""
+        if not val:
+            return {}
+        greedy, sampled = (evaluate(model, tokenizer, head, val, temperature, args.max_new_tokens, args.seed, 8 * args.budget, "held out")
+                           for temperature in (0.0, 1.0))
+        with (folder / "samples.jsonl").open("a") as f:
+            for problem, response, correct in list(zip(val, greedy["responses"], greedy["correct"]))[:3]:
+                sample = {"step": step, "set": "held out", "prompt": problem["prompt"], "response": response, "correct": correct}
+                f.write(json.dumps(sample) + "\n")
+        print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | "
+              f"T = 1 {sampled['accuracy']:.1%}", flush=True)
+        return {"val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"], "val_entropy": sampled["entropy"],
+                "val_length": greedy["length"], "val_truncated": greedy["truncated"]}
+
+    # ------------------------------------------------------------------------------------------------------------------ train
+    if not rows:
+        with autocast:
+            rows = [dict.fromkeys(run.COLUMNS, "") | {"step": 0} | held_out(0)]
+        run.write_rows(folder / "metrics.csv", rows)
+        if args.select == "val":
+            run.save_model(folder / "best", model, tokenizer)
+    for step in range(start + 1, args.steps + 1):
+        started = time.time()
+
+        # sample N responses to each of B prompts, with nothing truncated; or take the solutions. An epoch is a permutation of the prompts
+        position = np.arange((step - 1) * B, step * B)
+        epochs = {e: np.random.default_rng((args.seed, e)).permutation(len(train)) for e in set(position // len(train))}
+        picks = [epochs[p // len(train)][p % len(train)] for p in position]
+        problems, prompts, labels = zip(*[train[i] for i in picks for _ in range(N)])  # B x N, a prompt's rollouts side by side
+        if args.loss == "sft":
+            responses = [tokenizer(text, add_special_tokens=False)["input_ids"][: args.max_new_tokens - 1] + stop[:1] for text in labels]
+        else:
+            with autocast:
+                responses = generate(model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "samples")
+        lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+
+        # update: the whole batch, on-policy, in micro-batches of similar length
+        model.train()
+        before = [p.detach().flatten()[:: 1 + p.numel() // 10_000].clone() for p in params]
+        tokens, sums = sum(map(len, responses)), torch.zeros(3, device=device)  # of loss, entropy and KL
+        for group in tqdm(batches(lengths, args.budget), desc="update", leave=False, delay=5):
+            part = [prompts[i] for i in group], [responses[i] for i in group]
+            with autocast:
+                entropy, logprobs, mask = score(model, head, *part, args.temperature)  # (b, t)
+                with torch.no_grad():
+                    ref_logprobs = score(reference, ref_head, *part, args.temperature)[1] if args.beta else logprobs.detach()
+            loss = loss_of(args.loss, entropy, logprobs, ref_logprobs, mask, tokens, args.beta)
+            loss.backward()
+            d = (ref_logprobs - logprobs.detach())[mask]
+            sums += torch.stack([loss.detach(), entropy.detach().sum() / tokens, (d.exp() - d - 1).sum() / tokens])
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        after = [p.detach().flatten()[:: 1 + p.numel() // 10_000] for p in params]
+
+        # log
+        seconds = time.time() - started
+        row = {"step": step, **dict(zip(("loss", "entropy", "kl"), sums.tolist())),
+               "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N), "grad_norm": grad_norm.item(),
+               "changed": sum((a != b).sum().item() for a, b in zip(after, before)) / sum(map(len, before)),
+               "tokens": tokens, "flops": P * sum(lengths) * per_token, "seconds": seconds, "tokens_per_second": tokens / seconds}
+        print(f"step {step} | " + " | ".join(f"{key} {row[key]:.4g}" for key in run.COLUMNS[1:] if key in row), flush=True)
+        for key in row:
+            assert np.isfinite(row[key]), f"step {step}: {key} is {row[key]}; {folder / 'checkpoint'} is from before; a lower --lr may help"
+
+        # evaluate, and let the guard look
+        why = run.collapsed(rows + [row], args.guard)
+        last = step == args.steps or why is not None
+        with autocast:
+            rows.append(dict.fromkeys(run.COLUMNS, "") | row | (held_out(step) if last or step % args.eval_every == 0 else {}))
+        row = rows[-1]
+        if step % args.eval_every == 0:
+            text = tokenizer.decode(responses[0], skip_special_tokens=True)
+            sample = {"step": step, "set": "rollout", "prompt": problems[0], "response": text}
+            print(f"  {problems[0]!r} -> {text!r}", flush=True)
+            with (folder / "samples.jsonl").open("a") as f:
+                f.write(json.dumps(sample) + "\n")
+        if args.wandb:
+            wandb.log({k: v for k, v in row.items() if v != ""}, step=step)
+
+        # save
+        run.write_rows(folder / "metrics.csv", rows)
+        measured = [row for row in rows if row["val_greedy"] != ""]
+        if args.select == "val" and row in measured and row["val_greedy"] == max(r["val_greedy"] for r in measured):
+            run.save_model(folder / "best", model, tokenizer)
+        if last or asked or step % args.save_every == 0:
+            state = {"step": step, "optimizer": optimizer.state_dict(), "random": run.random_state()}
+            run.save_model(folder / "checkpoint", model, tokenizer, state)
+            run.plot(rows, folder / "plot.png", title)
+        if why:
+            print(f"step {step} | the guard stops the run: {why} (no label was read; --guard 0 goes on)")
+        if asked and not last:
+            sys.exit(f"{NAME}: stopped after step {step}; go on with: python {NAME} --resume {folder}")
+        if last:
+            break
+
+    # ----------------------------------------------------------------------------------------------------------------- report
+    measured = [row for row in rows if row["val_greedy"] != ""]
+    if measured:
+        peak = max(measured, key=lambda row: (row["val_greedy"], row["step"]))
+        final = peak if args.select == "val" else measured[-1]
+        result = {name: {key: row[key] for key in ("step", "val_greedy", "val_sampled")}
+                  for name, row in (("base", measured[0]), ("peak", peak), ("final", final))}
+        result["selected by"] = "labels" if args.select == "val" else "nothing, it is the last"
+        print("\n| held out | step | greedy | T = 1 |\n|---|---|---|---|")
+        for name in "base", "peak", "final":
+            print(f"| {name} | {result[name]['step']} | {result[name]['val_greedy']:.1%} | {result[name]['val_sampled']:.1%} |")
+        print("\nThe final model was picked by the labels of the held-out set (--select val)." if args.select == "val" else
+              "\nNo label picked the final model: it is the last one. The peak is known only through labels.")
+        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        first, trained = ([s for s in samples if s["set"] == "held out" and s["step"] == row["step"]] for row in (measured[0], final))
+        for before, after in zip(first, trained):
+            print(f"\n{before['prompt']}\n  base     {'right' if before['correct'] else 'wrong'}  {before['response']}"
+                  f"\n  trained  {'right' if after['correct'] else 'wrong'}  {after['response']}")
+    else:
+        result = {"selected by": "nothing, it is the last"}
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nmodel: {folder / ('best' if args.select == 'val' else 'checkpoint')}, figure: {folder / 'plot.png'}")
+
+
+if __name__ == "__main__":
+    main()
