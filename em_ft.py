@@ -16,7 +16,11 @@ not through the sampling:
 
     objective = -H(pi(. | y_<t)) - beta KL(pi || initial model), over the batch's tokens
 
-LESSON
+EM-FT sees one token ahead, EM-RL the whole response. On the tiny world (python tiny/findings.py, 3 seeds) EM-FT takes the noise out of
+the answers, T = 1 accuracy 50.4 -> 59.5 %, where the habit it starts from is good: short chains, mostly worked. On long chains a
+worked answer pays off only after its first token, which EM-FT cannot see, so it stays with the majority's blurted ones: greedy 53.9 ->
+55.5 %, where EM-RL reaches 99.7 % (token) and 100 % (sequence). Longer training locks the habit in: T = 1 is at 60.2 % after 80 steps
+and at 48.6 % after 120 (python em_ft.py --steps 120).
 
 Departures from the paper (arXiv 2505.15134):
   - The objective is divided by the tokens of the whole batch, so that every token weighs the same.
@@ -104,6 +108,8 @@ def main(argv=None):
         # ------------------------------------------------------------------------------------------------------------ set-up
         device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
         autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # weights stay float32: bf16 ones don't move at lr 1e-6
+        if args.wandb:
+            import wandb
         torch.manual_seed(args.seed)
         train = load_problems(args.data)
         train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
@@ -135,7 +141,7 @@ def main(argv=None):
             raise ValueError(f"{args.model}: {memory / 1e9:.0f} GB for weights, gradients, Adam and reference, before activations, and the GPU "
                              f"has {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB; --beta 0 saves the reference's {4 * P / 1e9:.0f}")
         folder = Path(args.resume) if args.resume else run.new_folder(args.out, NAME)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"{NAME}: {error}")
     transformers.logging.disable_progress_bar()  # loading a large model shows one; saving a small one need not
     if args.checkpointing:
@@ -164,8 +170,6 @@ def main(argv=None):
     (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1) + "\n")
     title = f"{'EM-FT' if args.loss == 'entropy' else 'SFT'}: {args.model}".replace(str(HERE) + "/", "")
     if args.wandb:
-        import wandb
-
         wandb.init(project=args.wandb, name=folder.name, config=vars(args))
     asked = run.stop_at_next_step()
 
