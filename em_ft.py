@@ -39,7 +39,7 @@ import transformers
 from tqdm import tqdm
 
 import run
-from eval import batches, encode_prompt, evaluate, generate, load_model, load_problems, output_head, score, stop_ids
+from eval import batches, encode_prompt, generate, load_model, load_problems, output_head, score, stop_ids
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), val=str(HERE / "tiny/test.jsonl"),
@@ -137,9 +137,9 @@ def main(argv=None):
             ref_head = output_head(reference, train[0][1]) if args.beta else None
         P = sum(p.numel() for p in model.parameters())
         memory = 16 * P + (4 * P if args.beta else 0)  # bytes: float32 weights, gradients and Adam's two moments; the reference
-        if device == "cuda" and memory > torch.cuda.get_device_properties(0).total_memory:
-            raise ValueError(f"{args.model}: {memory / 1e9:.0f} GB for weights, gradients, Adam and reference, before activations, and the GPU "
-                             f"has {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB; --beta 0 saves the reference's {4 * P / 1e9:.0f}")
+        if device == "cuda" and memory > (there := torch.cuda.get_device_properties(0).total_memory):
+            raise ValueError(f"{args.model}: weights, gradients, Adam and reference take {memory / 1e9:.0f} GB before activations, and the "
+                             f"GPU has {there / 1e9:.0f} GB; without the KL (--beta 0) it is {16 * P / 1e9:.0f} GB")
         folder = Path(args.resume) if args.resume else run.new_folder(args.out, NAME)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"{NAME}: {error}")
@@ -150,7 +150,7 @@ def main(argv=None):
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, lr=args.lr)
     B, N, start, rows = args.prompts, args.rollouts, 0, []
-    per_token = (2 if args.loss == "entropy" else 0) + 6 + (2 if args.beta else 0)  # FLOPs per parameter and token by the paper's count: sampling, training, reference
+    per_token = (2 if args.loss == "entropy" else 0) + 6 + (2 if args.beta else 0)  # FLOPs a parameter and token: sample, train, reference
     if args.resume:
         state = torch.load(checkpoint / "state.pt", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
@@ -173,20 +173,7 @@ def main(argv=None):
         wandb.init(project=args.wandb, name=folder.name, config=vars(args))
     asked = run.stop_at_next_step()
 
-    def held_out(step):
-        """Greedy and T = 1 accuracy, with greedy's length and truncation; the first three greedy responses go to samples.jsonl."""
-        if not val:
-            return {}
-        greedy, sampled = (evaluate(model, tokenizer, head, val, temperature, args.max_new_tokens, args.seed, 8 * args.budget, "held out")
-                           for temperature in (0.0, 1.0))
-        with (folder / "samples.jsonl").open("a") as f:
-            for problem, response, correct in list(zip(val, greedy["responses"], greedy["correct"]))[:3]:
-                sample = {"step": step, "set": "held out", "prompt": problem["prompt"], "response": response, "correct": correct}
-                f.write(json.dumps(sample) + "\n")
-        print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | "
-              f"T = 1 {sampled['accuracy']:.1%}", flush=True)
-        return {"val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"], "val_entropy": sampled["entropy"],
-                "val_length": greedy["length"], "val_truncated": greedy["truncated"]}
+    held_out = lambda step: run.held_out(step, folder, model, tokenizer, head, val, args.max_new_tokens, args.seed, 8 * args.budget)
 
     # ------------------------------------------------------------------------------------------------------------------ train
     if not rows:
@@ -271,28 +258,7 @@ def main(argv=None):
         if last:
             break
 
-    # ----------------------------------------------------------------------------------------------------------------- report
-    measured = [row for row in rows if row["val_greedy"] != ""]
-    if measured:
-        peak = max(measured, key=lambda row: (row["val_greedy"], row["step"]))
-        final = peak if args.select == "val" else measured[-1]
-        result = {name: {key: row[key] for key in ("step", "val_greedy", "val_sampled")}
-                  for name, row in (("base", measured[0]), ("peak", peak), ("final", final))}
-        result["selected by"] = "labels" if args.select == "val" else "nothing, it is the last"
-        print("\n| held out | step | greedy | T = 1 |\n|---|---|---|---|")
-        for name in "base", "peak", "final":
-            print(f"| {name} | {result[name]['step']} | {result[name]['val_greedy']:.1%} | {result[name]['val_sampled']:.1%} |")
-        print("\nThe final model was picked by the labels of the held-out set (--select val)." if args.select == "val" else
-              "\nNo label picked the final model: it is the last one. The peak is known only through labels.")
-        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-        first, trained = ([s for s in samples if s["set"] == "held out" and s["step"] == row["step"]] for row in (measured[0], final))
-        for before, after in zip(first, trained):
-            print(f"\n{before['prompt']}\n  base     {'right' if before['correct'] else 'wrong'}  {before['response']}"
-                  f"\n  trained  {'right' if after['correct'] else 'wrong'}  {after['response']}")
-    else:
-        result = {"selected by": "nothing, it is the last"}
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nmodel: {folder / ('best' if args.select == 'val' else 'checkpoint')}, figure: {folder / 'plot.png'}")
+    run.report(folder, rows, args.select)
 
 
 if __name__ == "__main__":

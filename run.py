@@ -18,13 +18,15 @@ The columns of metrics.csv, empty where a step did not measure something:
     kl                 nats per token, k3 estimate of KL(policy || initial model) on the step's responses
     grad_norm          before clipping
     changed            share of the weights that the step changed, in a sample of at most 10,000 of each tensor
-    tokens, flops      response tokens; FLOPs by the paper's count: parameters x tokens, prompts included, x (2 sample + 6 train + 2 reference)
+    tokens, flops      response tokens; FLOPs by the paper's count, parameters x tokens (the prompts' too) x 2 to sample, 6 to train, 2 for
+                       the reference
     seconds, tokens_per_second      of the step without evaluation; response tokens over these seconds
     val_greedy, val_sampled         held-out accuracy, greedy and at T = 1 (row 0: the base model)
     val_entropy        nats per token of the held-out responses at T = 1
     val_length, val_truncated       of the greedy responses
 """
 import csv
+import json
 import shutil
 import signal
 import sys
@@ -32,6 +34,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from eval import evaluate
 
 COLUMNS = ("step entropy loss reward reward_std length truncated kl grad_norm changed tokens flops seconds tokens_per_second "
            "val_greedy val_sampled val_entropy val_length val_truncated").split()
@@ -138,6 +142,45 @@ def collapsed(rows, factor, window=3):
     if entropy < 1e-4:
         return f"entropy is {entropy:.1g} nats/token: every response is the same"
     return None
+
+
+def held_out(step, folder, model, tokenizer, head, problems, max_new_tokens, seed, budget):
+    """Greedy and T = 1 accuracy on the held-out problems, printed and returned as the val_ columns ({} without problems). The first three
+    greedy responses go to samples.jsonl."""
+    if not problems:
+        return {}
+    greedy, sampled = (evaluate(model, tokenizer, head, problems, temperature, max_new_tokens, seed, budget, "held out")
+                       for temperature in (0.0, 1.0))
+    with (folder / "samples.jsonl").open("a") as f:
+        for problem, response, correct in list(zip(problems, greedy["responses"], greedy["correct"]))[:3]:
+            sample = {"step": step, "set": "held out", "prompt": problem["prompt"], "response": response, "correct": correct}
+            f.write(json.dumps(sample) + "\n")
+    print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | "
+          f"T = 1 {sampled['accuracy']:.1%}", flush=True)
+    return {"val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"], "val_entropy": sampled["entropy"],
+            "val_length": greedy["length"], "val_truncated": greedy["truncated"]}
+
+
+def report(folder, rows, select):
+    """Print base, peak and final held-out accuracy, who picked the final model, and three problems before and after; write result.json."""
+    measured = [row for row in rows if row["val_greedy"] != ""]
+    result = {"selected by": "labels" if select == "val" else "nothing, it is the last"}
+    if measured:
+        peak = max(measured, key=lambda row: (row["val_greedy"], row["step"]))
+        which = {"base": measured[0], "peak": peak, "final": peak if select == "val" else measured[-1]}
+        print("\n| held out | step | greedy | T = 1 |\n|---|---|---|---|")
+        for name, row in which.items():
+            result[name] = {key: row[key] for key in ("step", "val_greedy", "val_sampled")}
+            print(f"| {name} | {row['step']} | {row['val_greedy']:.1%} | {row['val_sampled']:.1%} |")
+        print("\nThe final model was picked by the labels of the held-out set (--select val)." if select == "val" else
+              "\nNo label picked the final model: it is the last one. The peak is known only through labels.")
+        samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        at = lambda step: [sample for sample in samples if sample["set"] == "held out" and sample["step"] == step]
+        for before, after in zip(at(which["base"]["step"]), at(which["final"]["step"])):
+            print(f"\n{before['prompt']}\n  base     {'right' if before['correct'] else 'wrong'}  {before['response']}"
+                  f"\n  trained  {'right' if after['correct'] else 'wrong'}  {after['response']}")
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nmodel: {folder / ('best' if select == 'val' else 'checkpoint')}, figure: {folder / 'plot.png'}")
 
 
 def plot(rows, path, title):
