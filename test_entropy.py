@@ -37,7 +37,7 @@ SMALL = dict(vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_la
 ARCHITECTURES = {  # every kind of output head: tied and untied, soft cap, a scale multiplied by, a scale divided by
     "qwen2": {}, "qwen3": {}, "llama": dict(tie_word_embeddings=False), "gemma2": dict(query_pre_attn_scalar=8, final_logit_softcapping=1.5),
     "gemma3_text": dict(query_pre_attn_scalar=8, final_logit_softcapping=1.5, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
-    "cohere": dict(logit_scale=0.3), "granite": dict(logits_scaling=4.0), "phi": {},
+    "cohere": dict(logit_scale=0.3), "granite": dict(logits_scaling=4.0), "phi": {}, "gpt2": {},
 }
 
 
@@ -208,7 +208,7 @@ def test_an_output_head_that_we_do_not_know_stops_with_an_error():
         ev.output_head(model, rows_of(12)[0])
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gemma3_text", "gpt2"])  # gpt2: its positions are absolute, so a shift shows
 def test_padded_rows_give_what_each_row_gives_alone(kind):
     model = random_model(kind)
     prompts, responses = rows_of(3, 9, 20, 1), rows_of(7, 1, 12, 30, seed=1)
