@@ -152,13 +152,7 @@ def main(argv=None):
     B, N, start, rows = args.prompts, args.rollouts, 0, []
     per_token = (2 if args.loss == "entropy" else 0) + 6 + (2 if args.beta else 0)  # FLOPs a parameter and token: sample, train, reference
     if args.resume:
-        state = torch.load(checkpoint / "state.pt", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        run.set_random_state(state["random"])
-        start = state["step"]
-        rows = [row for row in run.read_rows(folder / "metrics.csv") if row["step"] <= start]
-        samples = [line for line in (folder / "samples.jsonl").read_text().splitlines() if json.loads(line)["step"] <= start]
-        (folder / "samples.jsonl").write_text("".join(line + "\n" for line in samples))
+        start, rows = run.restore(folder, checkpoint, optimizer)
     most = max(len(prompt) for _, prompt, _ in train) + args.max_new_tokens  # tokens of the longest sequence there can be
     print(f"model: {args.model}, {P / 1e6:,.1f} M parameters on {device}; {memory / 1e9:.3g} GB before activations")
     print(f"prompts: {len(train):,} of {args.data}, {'in the' if tokenizer.chat_template else 'plain, since there is no'} chat template")

@@ -84,10 +84,17 @@ def random_state():
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
-def set_random_state(state):
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+def restore(folder, checkpoint, optimizer):
+    """Put optimiser and random state back as they were after the checkpoint's step, and forget what was logged later: (step, rows)."""
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["random"]["cpu"])
+    if state["random"]["cuda"]:
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    path = folder / "samples.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []  # none without held-out problems and before the first sample
+    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]))
+    return state["step"], [row for row in read_rows(folder / "metrics.csv") if row["step"] <= state["step"]]
 
 
 def write_rows(path, rows):

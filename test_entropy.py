@@ -591,6 +591,12 @@ def test_every_option_runs(tmp_path, script, extra):
     assert script is em_ft or float(rows[1]["grad_norm"]) == 0 or float(rows[-1]["changed"]) > 0.9
 
 
+def test_a_run_that_has_logged_no_sample_yet_resumes(tmp_path):
+    em_rl.main(FAST + ["--val", "none", "--steps", "1", "--out", str(tmp_path / "run")])  # the first sample comes at step 2
+    em_rl.main(["--resume", str(tmp_path / "run"), "--steps", "2"])
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["0", "1", "2"]
+
+
 def test_micro_batches_of_any_size_give_the_same_step(tmp_path):
     for budget in "160", "100000":  # rollouts fit one batch of 8 x 160 tokens, so both draw the same
         em_rl.main(FAST + ["--steps", "1", "--seed", "3", "--val", "none", "--out", str(tmp_path / budget), "--budget", budget, "--beta", "0.1"])
