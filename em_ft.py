@@ -1,18 +1,17 @@
 """
 EM-FT: fine-tuning that minimises the token entropy of the model's own samples. No labels, and no reward either.
 
-    python em_ft.py                                            # the tiny model, on a laptop's CPU
-    python em_ft.py --beta 0.001 --rollouts 4                  # the paper's ablation: with KL, 4 responses per prompt
-    python em_ft.py --loss sft                                 # the supervised twin: cross-entropy on labelled solutions
-    python em_ft.py --model Qwen/Qwen2.5-Math-7B               # the paper's run
-    python em_ft.py --resume runs/NAME                         # after Ctrl-C; --steps 200 takes a finished run further
+    python em_ft.py                                 # the tiny model, on a laptop's CPU
+    python em_ft.py --beta 0.001 --rollouts 4       # the paper's ablation: with KL, 4 responses per prompt
+    python em_ft.py --loss sft                      # the supervised twin: cross-entropy on labelled solutions
 
-A real checkpoint on a CPU, to see that it runs: --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val none --prompts 4
---steps 2 --max-new-tokens 64. What the run's folder holds, and what the columns of metrics.csv mean, stands in run.py. Labels are
-read for the report only (held-out accuracy, every few steps), unless --loss sft or --select val asks for them.
+The paper's run is --model Qwen/Qwen2.5-Math-7B. A real checkpoint on a CPU, to see that it runs: --model
+HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val none --prompts 4 --steps 2 --max-new-tokens 64. After Ctrl-C, --resume runs/NAME
+goes on, and with --steps 200 it takes a finished run further. What the run's folder holds, and what the columns of metrics.csv mean,
+stands in run.py. Labels are read for the report only (held-out accuracy, every few steps), unless a flag asks for them.
 
-Each step: sample N responses to each of B prompts and follow the gradient of their mean token entropy, through the probabilities and
-not through the sampling:
+Each step: sample N responses to each of B prompts, and follow the gradient of their entropy, through the probabilities and not through
+the sampling:
 
     objective = -H(pi(. | y_<t)) - beta KL(pi || initial model), over the batch's tokens
 
@@ -22,9 +21,8 @@ worked answer pays off only after its first token, which EM-FT cannot see, so it
 55.5 %, where EM-RL reaches 99.7 % (token) and 100 % (sequence). Longer training locks the habit in: T = 1 is at 60.2 % after 80 steps
 and at 48.6 % after 120 (python em_ft.py --steps 120).
 
-Departures from the paper (arXiv 2505.15134):
+Departures from the paper (arXiv 2505.15134) and its released trainer:
   - The objective is divided by the tokens of the whole batch, so that every token weighs the same.
-  - At a --temperature other than 1 the entropy is taken at that temperature too.
 """
 import argparse
 import json
@@ -39,7 +37,8 @@ import transformers
 from tqdm import tqdm
 
 import run
-from eval import batches, encode_prompt, generate, load_model, load_problems, output_head, score, stop_ids
+from entropy import k3
+from eval import batches, encode_prompt, generate, load_model, load_problems, output_head, score, score_all, stop_ids
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), val=str(HERE / "tiny/test.jsonl"),
@@ -49,16 +48,10 @@ TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), 
 
 
 def loss_of(kind, entropy, logprobs, ref_logprobs, mask, tokens, beta):
-    """Token entropy or cross-entropy with the k3 KL penalty, per token: (B, T) each -> scalar, nats per token.
-
-    "entropy": H of each next-token distribution, differentiated directly (paper, section 3.1); "sft": minus the log-prob of a labelled
-    solution's tokens. `tokens` is the number of response tokens in the whole batch, so that micro-batches add up to it.
-    k3 = exp(d) - d - 1 with d = log ref - log pi, never negative.
-    """
+    """Minus the objective with the KL penalty: (B, T) each, the tokens of the whole update -> scalar, nats per token (section 3.1)."""
     objective = {"entropy": -entropy, "sft": logprobs}[kind]  # (B, T)
     if beta:
-        d = ref_logprobs - logprobs
-        objective = objective - beta * (d.exp() - d - 1)
+        objective = objective - beta * k3(logprobs, ref_logprobs)
     objective = (objective * mask).sum()
     objective = objective / tokens
     return -objective
@@ -77,10 +70,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=1, help="of everything (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     parser.add_argument("--loss", choices=["entropy", "sft"], default="entropy", help="of samples, or of solutions (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling and of the entropy (default: %(default)s)")
     parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL to the initial model; 0: no KL (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=1, metavar="N", help="responses per prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=40, help="batches of samples (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="batches of responses (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=1, metavar="K", help="optimiser steps per batch of responses (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling and of what is scored (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=512, metavar="B", help="prompts per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-6, help="learning rate, constant (default: %(default)s)")
     parser.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
@@ -104,6 +98,8 @@ def main(argv=None):
         args = parser.parse_args(argv)
         if args.temperature <= 0:
             raise ValueError(f"--temperature {args.temperature}: samples need a temperature above 0")
+        if not 1 <= args.updates <= args.prompts:
+            raise ValueError(f"--updates {args.updates}: between 1 and the step's {args.prompts} prompts")
 
         # ------------------------------------------------------------------------------------------------------------ set-up
         device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -126,7 +122,7 @@ def main(argv=None):
         reference = load_model(args.model, device)[0] if args.beta else None
         label = "solution" if args.loss == "sft" else None  # the only label that training can see, and only if asked to
         if label and any(label not in problem for problem in train):
-            raise ValueError(f"--loss {args.loss}: {args.data} has problems without \"{label}\"")
+            raise ValueError(f"--data {args.data}: some of its problems have no \"{label}\", and this run learns from it")
         train = [(problem["prompt"], encode_prompt(tokenizer, problem["prompt"]), problem.get(label)) for problem in train]
         train = [row for row in train if len(row[1]) <= args.max_prompt_tokens]
         if len(train) < args.prompts:
@@ -150,6 +146,7 @@ def main(argv=None):
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, lr=args.lr)
     B, N, start, rows = args.prompts, args.rollouts, 0, []
+    title = f"{'EM-FT' if args.loss == 'entropy' else 'SFT'}: {args.model}".replace(str(HERE) + "/", "")
     per_token = (2 if args.loss == "entropy" else 0) + 6 + (2 if args.beta else 0)  # FLOPs a parameter and token: sample, train, reference
     if args.resume:
         start, rows = run.restore(folder, checkpoint, optimizer)
@@ -162,11 +159,11 @@ def main(argv=None):
     print(f"results: {folder}", flush=True)
     (folder / "result.json").unlink(missing_ok=True)  # there is one when a finished run is taken further
     (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1) + "\n")
-    title = f"{'EM-FT' if args.loss == 'entropy' else 'SFT'}: {args.model}".replace(str(HERE) + "/", "")
     if args.wandb:
         wandb.init(project=args.wandb, name=folder.name, config=vars(args))
     asked = run.stop_at_next_step()
 
+    solution_ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"][: args.max_new_tokens - 1] + stop[:1]
     held_out = lambda step: run.held_out(step, folder, model, tokenizer, head, val, args.max_new_tokens, args.seed, 8 * args.budget)
 
     # ------------------------------------------------------------------------------------------------------------------ train
@@ -179,41 +176,41 @@ def main(argv=None):
     for step in range(start + 1, args.steps + 1):
         started = time.time()
 
-        # sample N responses to each of B prompts, with nothing truncated; or take the solutions. An epoch is a permutation of the prompts
+        # roll out: N responses to each of B prompts, with no top-k or top-p. An epoch is a permutation of the prompts
         position = np.arange((step - 1) * B, step * B)
         epochs = {e: np.random.default_rng((args.seed, e)).permutation(len(train)) for e in set(position // len(train))}
         picks = [epochs[p // len(train)][p % len(train)] for p in position]
         problems, prompts, labels = zip(*[train[i] for i in picks for _ in range(N)])  # B x N, a prompt's rollouts side by side
-        if args.loss == "sft":
-            responses = [tokenizer(text, add_special_tokens=False)["input_ids"][: args.max_new_tokens - 1] + stop[:1] for text in labels]
-        else:
-            with autocast:
-                responses = generate(model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "samples")
+        with autocast:
+            responses = [solution_ids(text) for text in labels] if args.loss == "sft" else (
+                generate(model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "rollouts"))
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
 
-        # update: the whole batch, on-policy, in micro-batches of similar length
+        # update: K minibatches of prompts (K = 1: the whole batch, on-policy), each in micro-batches of similar length
         model.train()
         before = [p.detach().flatten()[:: 1 + p.numel() // 10_000].clone() for p in params]
-        tokens, sums = sum(map(len, responses)), torch.zeros(3, device=device)  # of loss, entropy and KL
-        for group in tqdm(batches(lengths, args.budget), desc="update", leave=False, delay=5):
-            part = [prompts[i] for i in group], [responses[i] for i in group]
-            with autocast:
-                entropy, logprobs, mask = score(model, head, *part, args.temperature)  # (b, t)
-                with torch.no_grad():
-                    ref_logprobs = score(reference, ref_head, *part, args.temperature)[1] if args.beta else logprobs.detach()
-            loss = loss_of(args.loss, entropy, logprobs, ref_logprobs, mask, tokens, args.beta)
-            loss.backward()
-            d = (ref_logprobs - logprobs.detach())[mask]
-            sums += torch.stack([loss.detach(), entropy.detach().sum() / tokens, (d.exp() - d - 1).sum() / tokens])
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        sums = torch.zeros(3, device=device)  # of loss, entropy and KL over the tokens
+        for minibatch in torch.arange(B * N).view(B, N).chunk(args.updates):
+            minibatch = minibatch.flatten().tolist()
+            tokens = sum(len(responses[i]) for i in minibatch)
+            for group in tqdm(batches(lengths, args.budget, minibatch), desc="update", leave=False, delay=5):
+                part = [prompts[i] for i in group], [responses[i] for i in group], args.temperature
+                with autocast:
+                    entropy, logprobs, here = score(model, head, *part)  # (b, t): rows end at the right
+                    ref = score_all(reference, ref_head, *part)[1] if args.beta else logprobs.detach()
+                loss = loss_of(args.loss, entropy, logprobs, ref, here, tokens, args.beta)
+                loss.backward()
+                sums += torch.stack([loss.detach() * tokens, entropy.detach().sum(), k3(logprobs.detach(), ref).sum()])
+            grad_norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
         model.eval()
         after = [p.detach().flatten()[:: 1 + p.numel() // 10_000] for p in params]
 
         # log
-        seconds = time.time() - started
-        row = {"step": step, **dict(zip(("loss", "entropy", "kl"), sums.tolist())),
+        tokens, seconds = sum(map(len, responses)), time.time() - started
+        row = {"step": step, **dict(zip(("loss", "entropy", "kl"), (sums / tokens).tolist())),
                "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N), "grad_norm": grad_norm.item(),
                "changed": sum((a != b).sum().item() for a, b in zip(after, before)) / sum(map(len, before)),
                "tokens": tokens, "flops": P * sum(lengths) * per_token, "seconds": seconds, "tokens_per_second": tokens / seconds}
@@ -228,9 +225,8 @@ def main(argv=None):
             rows.append(dict.fromkeys(run.COLUMNS, "") | row | (held_out(step) if last or step % args.eval_every == 0 else {}))
         row = rows[-1]
         if step % args.eval_every == 0:
-            text = tokenizer.decode(responses[0], skip_special_tokens=True)
-            sample = {"step": step, "set": "rollout", "prompt": problems[0], "response": text}
-            print(f"  {problems[0]!r} -> {text!r}", flush=True)
+            sample = {"step": step, "set": "rollout", "prompt": problems[0], "response": texts[0]}
+            print(f"  {sample}", flush=True)
             with (folder / "samples.jsonl").open("a") as f:
                 f.write(json.dumps(sample) + "\n")
         if args.wandb:

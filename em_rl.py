@@ -1,19 +1,17 @@
 """
 EM-RL: reinforcement learning with the model's own confidence as the only reward. No labels.
 
-    python em_rl.py                                            # the tiny model, on a laptop's CPU
+    python em_rl.py                                 # the tiny model, on a laptop's CPU
     python em_rl.py --reward sequence --seed 2
-    python em_rl.py --reward correct                           # RLOO with labels; with --advantage grpo: GRPO
-    python em_rl.py --reward consistency                       # SC-RL; controls: random and length; correct+token adds EM to labels
-    python em_rl.py --model Qwen/Qwen2.5-Math-7B               # the paper's run
-    python em_rl.py --resume runs/NAME                         # after Ctrl-C; --steps 200 takes a finished run further
+    python em_rl.py --reward correct                # RLOO with labels; --advantage grpo: GRPO; --reward consistency: SC-RL
 
-A real checkpoint on a CPU, to see that it runs: --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val none --prompts 4
---steps 2 --max-new-tokens 64. What the run's folder holds, and what the columns of metrics.csv mean, stands in run.py. Labels are
-read for the report only (held-out accuracy, every few steps), unless --reward correct or --select val asks for them.
+The paper's run is --model Qwen/Qwen2.5-Math-7B. A real checkpoint on a CPU, to see that it runs: --model
+HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val none --prompts 4 --steps 2 --max-new-tokens 64. After Ctrl-C, --resume runs/NAME
+goes on, and with --steps 200 it takes a finished run further. What the run's folder holds, and what the columns of metrics.csv mean,
+stands in run.py. Labels are read for the report only (held-out accuracy, every few steps), unless a flag asks for them.
 
-Each step: sample N responses to each of B prompts at T = 1, reward each response for how sure the model was of it, compare it with
-the other N - 1 responses to the same prompt (RLOO), and raise the probability of those that the model was surer of:
+Each step: sample N responses to each of B prompts, reward each for how sure the model was of it, compare the reward with those of the
+other N - 1 (RLOO), and raise the probability of the responses that the model was surer of:
 
     r_i = mean_t log pi(y_t | y_<t)     (--reward sequence)    or    r_i = -mean_t H(pi(. | y_<t))     (--reward token)
     A_i = r_i - mean of the other N - 1 rewards
@@ -23,9 +21,8 @@ Departures from the paper (arXiv 2505.15134) and its released trainer:
   - The objective is divided by the tokens of the whole batch, so that every token weighs the same.
   - A reward is the mean over a response's tokens, as in the released code; the paper's formulas sum (--reward-norm sum). A sum
     pays for being short: on the tiny world it leaves greedy accuracy where it was (53.9 -> 52.5 %) and T = 1 falls, 48.2 -> 36.1 %.
-  - One on-policy update per rollout batch, as in the paper's text. The released trainer's four with a ratio clip of 0.2: --updates 4.
-  - The policy is scored once more after sampling (2 P n FLOPs that the paper's count does not have): rewards then come from the
-    same numbers as the gradient, and not from a sampler's.
+  - One on-policy update per batch of responses, as in the paper's text. The released trainer's four, clipped at 0.2: --updates 4.
+  - Rewards come from the same numbers as the gradient, not from a sampler's, so the policy is scored once more: 2 P n FLOPs.
 """
 import argparse
 import json
@@ -40,7 +37,8 @@ import transformers
 from tqdm import tqdm
 
 import run
-from eval import batches, encode_prompt, generate, load_model, load_problems, output_head, score, stop_ids
+from entropy import k3
+from eval import batches, encode_prompt, generate, load_model, load_problems, output_head, score, score_all, stop_ids
 from eval import is_correct, last_box, same_answer
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
@@ -52,35 +50,27 @@ REWARDS = "token", "sequence", "correct", "consistency", "random", "length"
 
 
 def reward(kind, entropy, logprobs, mask, norm="mean", texts=None, answers=None, weight=1.0):
-    """Rewards by name: (B, N, T) each, B x N texts, B answers -> (B, N).
-
-    From the policy's own probabilities alone, nats, summed over the response's tokens and for norm "mean" divided by their number
-    (paper, section 3.2): "token", minus the entropy of each next-token distribution; "sequence", log-prob of the sampled tokens.
-    Baselines: "correct", 1 if the response holds the problem's answer (the only one that reads labels: RLOO, GRPO); "consistency", the
-    share of the prompt's N responses that give the same answer, 0 without one (SC-RL). Controls: "random", uniform in [0, 1);
-    "length", tokens. And "a+b" is a + weight * b.
-    """
+    """Rewards by name: (B, N, T) each, B x N texts, B answers -> (B, N). "a+b" is a + weight * b."""
     if "+" in kind:
         first, second = (reward(k, entropy, logprobs, mask, norm, texts, answers) for k in kind.split("+"))
         return first + weight * second
-    if kind == "correct":
+    if kind == "correct":  # the only one that reads labels
         return entropy.new_tensor([[is_correct(text, {"answer": answer}) for text in group] for group, answer in zip(texts, answers)])
-    if kind == "consistency":
+    if kind == "consistency":  # share of the prompt's N responses that give the same answer; 0 without one (SC-RL)
         boxes = [[last_box(text) for text in group] for group in texts]
         same = lambda a, b: a is not None and b is not None and same_answer(a, b)
         return entropy.new_tensor([[sum(same(a, b) for b in group) / len(group) for a in group] for group in boxes])
-    if kind == "random":
+    if kind == "random":  # a control, as is the next
         return torch.rand(mask.shape[:-1], device=mask.device)
     if kind == "length":
         return mask.sum(-1).float()
-    per_token = {"token": -entropy, "sequence": logprobs}[kind]  # (B, N, T)
+    per_token = {"token": -entropy, "sequence": logprobs}[kind]  # (B, N, T), nats: how sure the policy was (paper, section 3.2)
     total = (per_token * mask).sum(-1)
     return total / mask.sum(-1) if norm == "mean" else total
 
 
 def advantage(kind, rewards):
-    """(B, N) -> (B, N). "rloo", REINFORCE leave-one-out: each reward minus the mean of the other N - 1 to the same prompt; "grpo": minus
-    the mean of all N, divided by their standard deviation."""
+    """(B, N) -> (B, N), against the prompt's others: less the mean of the other N - 1, or for "grpo" of all N, and standardised."""
     N = rewards.shape[1]
     if kind == "grpo":
         return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
@@ -88,17 +78,12 @@ def advantage(kind, rewards):
 
 
 def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, mask, tokens, beta, clip):
-    """Minus the clipped policy objective with the k3 KL penalty, per token: (B, T) x 3, (B,), (B, T) -> scalar.
-
-    `tokens` is the number of response tokens in the whole batch of the update, so that micro-batches add up to it. On-policy the
-    ratio is 1 and this is REINFORCE. k3 = exp(d) - d - 1 with d = log ref - log pi, never negative (paper, section 3.2).
-    """
-    ratio = (logprobs - old_logprobs).exp()  # (B, T)
+    """Minus the clipped objective with the KL penalty: (B, T) x 3, (B,), (B, T), the tokens of the whole update -> scalar, per token."""
+    ratio = (logprobs - old_logprobs).exp()  # (B, T): 1 on-policy, where this is REINFORCE
     advantages = advantages[:, None]  # (B, 1): one for all tokens of a response
     objective = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     if beta:
-        d = ref_logprobs - logprobs
-        objective = objective - beta * (d.exp() - d - 1)
+        objective = objective - beta * k3(logprobs, ref_logprobs)
     objective = (objective * mask).sum()
     objective = objective / tokens
     return -objective
@@ -120,11 +105,12 @@ def main(argv=None):
     parser.add_argument("--reward-weight", type=float, default=1.0, help="of the second reward in a sum (default: %(default)s)")
     parser.add_argument("--reward-norm", choices=["mean", "sum"], default="mean", help="over a response's tokens (default: %(default)s)")
     parser.add_argument("--advantage", choices=["rloo", "grpo"], default="rloo", help="against the prompt's others (default: %(default)s)")
+    parser.add_argument("--clip", type=float, default=0.2, help="ratio clip, matters from 2 updates on (default: %(default)s)")
     parser.add_argument("--beta", type=float, default=0.001, help="weight of the KL to the initial model; 0: no KL (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=4, metavar="N", help="responses per prompt (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=1, metavar="K", help="optimiser steps per batch of rollouts (default: %(default)s)")
-    parser.add_argument("--clip", type=float, default=0.2, help="ratio clip, matters from 2 updates on (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="batches of rollouts (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="batches of responses (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=1, metavar="K", help="optimiser steps per batch of responses (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling and of what is scored (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=512, metavar="B", help="prompts per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-6, help="learning rate, constant (default: %(default)s)")
     parser.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
@@ -150,6 +136,8 @@ def main(argv=None):
             raise ValueError(f"--rollouts {args.rollouts}: a response is compared with others to the same prompt, so at least 2 are needed")
         if not set(args.reward.split("+")) <= set(REWARDS) or args.reward.count("+") > 1:
             raise ValueError(f"--reward {args.reward}: give one of {', '.join(REWARDS)}, or a sum of two like correct+token")
+        if args.temperature <= 0:
+            raise ValueError(f"--temperature {args.temperature}: samples need a temperature above 0")
         if not 1 <= args.updates <= args.prompts:
             raise ValueError(f"--updates {args.updates}: between 1 and the step's {args.prompts} prompts")
 
@@ -174,7 +162,7 @@ def main(argv=None):
         reference = load_model(args.model, device)[0] if args.beta else None
         label = "answer" if "correct" in args.reward else None  # the only label that training can see, and only if asked to
         if label and any(label not in problem for problem in train):
-            raise ValueError(f"--reward {args.reward}: {args.data} has problems without \"{label}\"")
+            raise ValueError(f"--data {args.data}: some of its problems have no \"{label}\", and this run learns from it")
         train = [(problem["prompt"], encode_prompt(tokenizer, problem["prompt"]), problem.get(label)) for problem in train]
         train = [row for row in train if len(row[1]) <= args.max_prompt_tokens]
         if len(train) < args.prompts:
@@ -198,6 +186,7 @@ def main(argv=None):
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, lr=args.lr)
     B, N, start, rows = args.prompts, args.rollouts, 0, []
+    title = f"EM-RL with reward {args.reward}: {args.model}".replace(str(HERE) + "/", "")
     per_token = 2 + 6 + (2 if args.beta else 0)  # FLOPs a parameter and token: sample, train, reference
     if args.resume:
         start, rows = run.restore(folder, checkpoint, optimizer)
@@ -210,7 +199,6 @@ def main(argv=None):
     print(f"results: {folder}", flush=True)
     (folder / "result.json").unlink(missing_ok=True)  # there is one when a finished run is taken further
     (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1) + "\n")
-    title = f"EM-RL with reward {args.reward}: {args.model}".replace(str(HERE) + "/", "")
     if args.wandb:
         wandb.init(project=args.wandb, name=folder.name, config=vars(args))
     asked = run.stop_at_next_step()
@@ -227,30 +215,24 @@ def main(argv=None):
     for step in range(start + 1, args.steps + 1):
         started = time.time()
 
-        # roll out: N responses to each of B prompts, at T = 1 with nothing truncated. An epoch is a permutation of the prompts
+        # roll out: N responses to each of B prompts, with no top-k or top-p. An epoch is a permutation of the prompts
         position = np.arange((step - 1) * B, step * B)
         epochs = {e: np.random.default_rng((args.seed, e)).permutation(len(train)) for e in set(position // len(train))}
         picks = [epochs[p // len(train)][p % len(train)] for p in position]
         problems, prompts, labels = zip(*[train[i] for i in picks for _ in range(N)])  # B x N, a prompt's rollouts side by side
         with autocast:
-            responses = generate(model, prompts, stop, args.max_new_tokens, 1.0, 8 * args.budget, "rollouts")
+            responses = generate(model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "rollouts")
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-        T = max(map(len, responses))
+        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
 
         # score: entropy and log-probs under the policy that sampled, log-probs under the initial model
-        entropy, old_logprobs, ref_logprobs = torch.zeros(3, B * N, T, device=device)
-        mask = torch.zeros(B * N, T, dtype=torch.bool, device=device)
-        with torch.no_grad(), autocast:
-            for group in tqdm(batches(lengths, 2 * args.budget), desc="score", leave=False, delay=5):
-                part = [prompts[i] for i in group], [responses[i] for i in group]
-                t = max(map(len, part[1]))  # the group's longest; rows end at the right
-                entropy[group, T - t :], old_logprobs[group, T - t :], mask[group, T - t :] = score(model, head, *part)
-                if args.beta:
-                    ref_logprobs[group, T - t :] = score(reference, ref_head, *part)[1]
+        scored = prompts, responses, args.temperature, 2 * args.budget
+        with autocast:
+            entropy, old_logprobs, mask = score_all(model, head, *scored)  # (B x N, T)
+            ref_logprobs = score_all(reference, ref_head, *scored)[1] if args.beta else old_logprobs
 
         # reward and advantage: how sure the model was of a response, against its other responses to the same prompt
-        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-        rewards = reward(args.reward, *(x.view(B, N, T) for x in (entropy, old_logprobs, mask)), args.reward_norm,
+        rewards = reward(args.reward, *(x.view(B, N, -1) for x in (entropy, old_logprobs, mask)), args.reward_norm,
                          [texts[i : i + N] for i in range(0, B * N, N)], labels[::N], args.reward_weight)  # (B, N)
         advantages = advantage(args.advantage, rewards).view(B * N)
 
@@ -259,14 +241,13 @@ def main(argv=None):
         before = [p.detach().flatten()[:: 1 + p.numel() // 10_000].clone() for p in params]
         for minibatch in torch.arange(B * N).view(B, N).chunk(args.updates):
             minibatch = minibatch.flatten().tolist()
-            tokens = mask[minibatch].sum()
-            for group in tqdm(batches([lengths[i] for i in minibatch], args.budget), desc="update", leave=False, delay=5):
-                group = [minibatch[i] for i in group]
+            tokens = sum(len(responses[i]) for i in minibatch)
+            for group in tqdm(batches(lengths, args.budget, minibatch), desc="update", leave=False, delay=5):
+                part = [prompts[i] for i in group], [responses[i] for i in group], args.temperature
                 with autocast:
-                    _, logprobs, _ = score(model, head, [prompts[i] for i in group], [responses[i] for i in group])  # (b, t)
-                t = logprobs.shape[1]
-                loss = policy_loss(logprobs, old_logprobs[group, T - t :], ref_logprobs[group, T - t :], advantages[group],
-                                   mask[group, T - t :], tokens, args.beta, args.clip)
+                    _, logprobs, here = score(model, head, *part)  # (b, t): rows end at the right
+                old, ref = (x[group, -here.shape[1] :] for x in (old_logprobs, ref_logprobs))
+                loss = policy_loss(logprobs, old, ref, advantages[group], here, tokens, args.beta, args.clip)
                 loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
             optimizer.step()
@@ -275,12 +256,10 @@ def main(argv=None):
         after = [p.detach().flatten()[:: 1 + p.numel() // 10_000] for p in params]
 
         # log
-        d = (ref_logprobs - old_logprobs)[mask]
-        tokens, seconds = mask.sum().item(), time.time() - started
+        tokens, seconds = sum(map(len, responses)), time.time() - started
         row = {"step": step, "entropy": entropy.sum().item() / tokens, "reward": rewards.mean().item(),
-               "reward_std": rewards.std(1).mean().item(),
-               "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N),
-               "kl": (d.exp() - d - 1).mean().item() if args.beta else 0.0, "grad_norm": grad_norm.item(),
+               "reward_std": rewards.std(1).mean().item(), "kl": k3(old_logprobs, ref_logprobs)[mask].mean().item(),
+               "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N), "grad_norm": grad_norm.item(),
                "changed": sum((a != b).sum().item() for a, b in zip(after, before)) / sum(map(len, before)),
                "tokens": tokens, "flops": P * sum(lengths) * per_token, "seconds": seconds, "tokens_per_second": tokens / seconds}
         print(f"step {step} | " + " | ".join(f"{key} {row[key]:.4g}" for key in run.COLUMNS[1:] if key in row), flush=True)
@@ -295,7 +274,7 @@ def main(argv=None):
         row = rows[-1]
         if step % args.eval_every == 0:
             sample = {"step": step, "set": "rollout", "prompt": problems[0], "response": texts[0], "reward": rewards[0, 0].item()}
-            print(f"  reward {sample['reward']:+.4f}, advantage {advantages[0]:+.4f}: {problems[0]!r} -> {texts[0]!r}", flush=True)
+            print(f"  {sample}", flush=True)
             with (folder / "samples.jsonl").open("a") as f:
                 f.write(json.dumps(sample) + "\n")
         if args.wandb:

@@ -26,6 +26,15 @@ def token_entropy(logits):
     return -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
 
 
+def k3(logprobs, ref_logprobs):
+    """Estimate of KL(policy || reference) in nats from log-probs of tokens that the policy has sampled: (...), (...) -> (...).
+
+    exp(d) - d - 1 with d = log ref - log policy: unbiased, and never negative. The released trainer's "low variance" KL.
+    """
+    d = ref_logprobs - logprobs
+    return d.exp() - d - 1
+
+
 def entropy_and_logprob(hidden, weight, targets, bias=None, scale=1.0, softcap=None, temperature=1.0, block=None):
     """Entropy and log-probability straight from the last hidden states: (N, D), (V, D), (N,) -> (N,), (N,), in nats.
 

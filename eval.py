@@ -215,10 +215,11 @@ def output_head(model, prompt):
     return dict(weight=head.weight, bias=head.bias, scale=scale, softcap=softcap)
 
 
-def batches(lengths, budget):
-    """Lists of indices, the longest sequences first, with count x longest <= budget tokens (a lone long one is let through)."""
+def batches(lengths, budget, indices=None):
+    """Lists of indices (all, or those given), the longest sequences first, with count x longest <= budget tokens (a lone long one is
+    let through)."""
     groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in sorted(range(len(lengths)) if indices is None else indices, key=lambda i: -lengths[i]):
         if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
             groups.append([])
         groups[-1].append(i)
@@ -282,6 +283,17 @@ def score(model, head, prompts, responses, temperature=1.0):
     return entropy, logprobs, mask
 
 
+@torch.no_grad()
+def score_all(model, head, prompts, responses, temperature=1.0, budget=2**16):
+    """`score` in micro-batches of at most `budget` tokens, without a graph. Rows in the order given."""
+    T = max(map(len, responses))
+    values = torch.zeros(3, len(responses), T, device=model.device)  # entropy, logprobs, mask
+    for group in tqdm(batches([len(p) + len(r) for p, r in zip(prompts, responses)], budget), desc="score", leave=False, delay=5):
+        part = score(model, head, [prompts[i] for i in group], [responses[i] for i in group], temperature)  # (b, t) each
+        values[:, group, T - part[0].shape[1] :] = torch.stack([x.float() for x in part])  # rows end at the right
+    return values[0], values[1], values[2].bool()
+
+
 # ------------------------------------------------------------------------------------------------------------- scores
 
 
@@ -313,11 +325,7 @@ def evaluate(model, tokenizer, head, problems, temperature, max_new_tokens, seed
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         ids = generate(model, prompts, stop, max_new_tokens, temperature, budget, desc)
-    lengths, sums = np.array([len(r) for r in ids]), np.zeros(len(ids))
-    with torch.no_grad():
-        for group in batches([len(p) + len(r) for p, r in zip(prompts, ids)], budget // 4):
-            entropy, _, _ = score(model, head, [prompts[i] for i in group], [ids[i] for i in group])
-            sums[group] = entropy.sum(-1).cpu()
+    lengths, sums = np.array([len(r) for r in ids]), score_all(model, head, prompts, ids, budget=budget // 4)[0].double().sum(-1).cpu().numpy()
     responses = [tokenizer.decode(r, skip_special_tokens=True) for r in ids]
     correct = [is_correct(response, problem) for response, problem in zip(responses, problems)]
     share, low, high = accuracy_interval(correct)

@@ -229,6 +229,8 @@ def test_padded_rows_give_what_each_row_gives_alone(kind):
             assert r[i].item() == pytest.approx(s.item(), rel=1e-5)
         for a, g in zip(alone, torch.autograd.grad(sum(s.sum() for s in single), list(model.parameters()), allow_unused=True)):
             a += 0 if g is None else g
+    for whole, micro in zip((H, l, mask), ev.score_all(model, head, prompts, responses, budget=40)):
+        torch.testing.assert_close(micro, whole.detach(), atol=1e-5, rtol=1e-5)
     for g, a in zip(together, alone):
         assert g is None or (g - a).norm() <= 1e-5 * max(a.norm(), alone[0].norm())
 
@@ -538,6 +540,17 @@ def test_sft_loss_is_the_one_of_transformers(kind):
     assert relative(got, wanted) < 1e-4
 
 
+@pytest.mark.parametrize("script", [em_ft, em_rl])
+def test_what_was_sampled_is_scored_at_the_same_temperature(script, tmp_path, monkeypatch):
+    """Sampling at 0.9 and scoring at 1, a slip of others. The reference's log-probs count as well."""
+    seen = {}
+    for name, place in ("generate", 4), ("score", 4), ("score_all", 4):
+        inner = getattr(script, name)
+        monkeypatch.setattr(script, name, lambda *args, name=name, place=place, inner=inner: seen.setdefault(name, []).append(args[place]) or inner(*args))
+    script.main(FAST + ["--val", "none", "--steps", "1", "--beta", "0.1", "--rollouts", "2", "--temperature", "0.7", "--out", str(tmp_path / "run")])
+    assert set(seen) == {"generate", "score", "score_all"} and {t for calls in seen.values() for t in calls} == {0.7}
+
+
 # ---------------------------------------------------------------------------------------------------- the scripts, as they are run
 
 FAST = ["--model", str(HERE / "tiny/base"), "--data", str(HERE / "tiny/train.jsonl"), "--val", str(HERE / "tiny/test.jsonl"), "--val-size", "16",
@@ -646,10 +659,10 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
     fails(model + ["--data", str(data), "--val", str(data)], "no answer")
     fails(model + ["--data", str(data), "--val", "none", "--rollouts", "1"], "--rollouts 1", "at least 2")
     fails(model + ["--data", str(data), "--val", "none", "--prompts", "5"], "--prompts 5", "only 2")
-    fails(model + ["--data", str(data), "--val", "none", "--prompts", "2", "--reward", "correct"], "correct", 'without "answer"')
+    fails(model + ["--data", str(data), "--val", "none", "--prompts", "2", "--reward", "correct"], str(data), 'no "answer"')
     fails(model + ["--data", str(data), "--val", "none", "--reward", "consistency", "--rollouts", "1"], "--rollouts 1", "at least 2")
     fails(model + ["--data", str(data), "--val", "none", "--reward", "confidence"], "confidence", "token, sequence")
-    fails(model + ["--data", str(data), "--val", "none", "--loss", "sft"], "sft", 'without "solution"', main=em_ft.main)
+    fails(model + ["--data", str(data), "--val", "none", "--loss", "sft"], str(data), 'no "solution"', main=em_ft.main)
     fails(model + ["--data", str(data), "--val", "none", "--temperature", "0"], "--temperature 0", main=em_ft.main)
     fails(["--resume", str(tmp_path / "no-run")], "no-run", "nothing to resume")
     data.write_text('{"prompt": "1+1"}\n{"prompt": "1+\n')
