@@ -39,7 +39,7 @@ from tqdm import tqdm
 import run
 from entropy import k3
 from eval import batches, encode_prompt, generate, load_model, load_problems, output_head, score, score_all, stop_ids
-from eval import is_correct, last_box, same_answer
+from eval import is_correct, votes
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), val=str(HERE / "tiny/test.jsonl"),
@@ -57,9 +57,7 @@ def reward(kind, entropy, logprobs, mask, norm="mean", texts=None, answers=None,
     if kind == "correct":  # the only one that reads labels
         return entropy.new_tensor([[is_correct(text, {"answer": answer}) for text in group] for group, answer in zip(texts, answers)])
     if kind == "consistency":  # share of the prompt's N responses that give the same answer; 0 without one (SC-RL)
-        boxes = [[last_box(text) for text in group] for group in texts]
-        same = lambda a, b: a is not None and b is not None and same_answer(a, b)
-        return entropy.new_tensor([[sum(same(a, b) for b in group) / len(group) for a in group] for group in boxes])
+        return entropy.new_tensor([votes(group) for group in texts]) / mask.shape[1]
     if kind == "random":  # a control, as is the next
         return torch.rand(mask.shape[:-1], device=mask.device)
     if kind == "length":

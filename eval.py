@@ -1,24 +1,35 @@
 """
-Evaluate a language model on problems with known answers: load, prompt, generate, grade, score.
+Evaluate a language model on problems with known answers: load, prompt, decode, grade, score.
 
-    python eval.py                                             # the tiny base model on its 512 test problems
-    python eval.py --model runs/NAME/checkpoint                # what a run has trained
-    python eval.py --model Qwen/Qwen2.5-Math-7B --data math500 --max-new-tokens 3072
-    python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --limit 8 --n 2 --seeds 1      # small, on a CPU
+    python eval.py                                                       # the tiny base model on its 512 test problems
+    python eval.py --model runs/NAME/checkpoint                          # what a run has trained
+    python eval.py --model Qwen/Qwen2.5-Math-7B --data math500,amc,aime --max-new-tokens 3072
+    python eval.py --decode greedy,sample@0.1,em-inf,self-consistency    # decoders side by side
+    python eval.py --n 4                                                 # four answers a problem and seed: pass@4
+    python eval.py --model Qwen/Qwen2.5-Math-7B --data math500 --diagnose --max-new-tokens 3072      # will EM help this model?
+    python eval.py --compare runs/A runs/B                               # is B better, and how sure is that?
+    python eval.py --resume runs/NAME                                    # after Ctrl-C, or a kill
+    python eval.py --regrade runs/NAME                                   # scores from the samples alone
+    torchrun --nproc_per_node=8 eval.py --model Qwen/Qwen2.5-Math-7B --data math500 --max-new-tokens 3072
+    python eval.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --limit 8 --seeds 1 --max-new-tokens 256     # small, on a CPU
 
-Per seed, N responses per problem are sampled at T = 1 with nothing truncated; greedy decoding stands beside them, with the
-same prompt and the same grader. pass@1 is the share of right responses, pass@N the share of problems with a right one. The
-AUROC says how well a response's mean token entropy ranks the wrong responses above the right ones (0.5 is chance): what
-entropy minimisation lives on.
+Decoders: greedy; sample; self-consistency, the most common final answer of 4; refine, 3 times, with the earlier answer in the prompt;
+em-inf and adaptive-temperature, which sharpen what is sampled, alone or before one of the others (em-inf+self-consistency). Behind "@"
+stands a temperature. Nothing else shapes the distribution: no top-k, no top-p, whatever the checkpoint says.
 
-A response is right if its last \\boxed{} holds the problem's answer, as judged by math-verify. No box, or a last box that never
-closes, is no answer: an earlier box does not count.
+An answer is right if its last \\boxed{} holds the problem's, as judged by math-verify. No box, or a last box that never closes, is no
+answer: an earlier box does not count. Programs are run with the problem's tests (sandbox.py).
+
+The folder of an evaluation: config.json, samples.jsonl (every response, with its grade), results.json and reliability.png. The prompt, the
+grader and the numbers are the same for all decoders and models; seeds, intervals and costs stand beside them.
 """
 import argparse
 import functools
 import json
 import math
+import os
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -27,13 +38,18 @@ import huggingface_hub
 import numpy as np
 import torch
 from math_verify import parse, verify
+from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
 
+from em_inf import AdaptiveTemperature, EMInf
 from entropy import entropy_and_logprob, token_entropy
 
 HERE = Path(__file__).parent
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # the paper asks for this
+REFINE = "Check this answer step by step, and give a corrected and complete one, with the final answer within \\boxed{}."
+SHARPEN = {"em-inf": EMInf, "adaptive-temperature": AdaptiveTemperature}  # what may come before sampling
+SCHEMES = {"greedy": 1, "sample": 1, "self-consistency": 4, "refine": 3}  # how an answer is made, and of how many responses
 HUB = {  # name: (Hub id, configuration, split); a Hub id given in full is loaded with its only configuration and --split train
     "numina": ("AI-MO/NuminaMath-CoT", None, "train"),
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
@@ -135,10 +151,22 @@ def same_answer(answer, other):
     return bool(verify(parse(f"\\boxed{{{answer}}}"), parse(f"\\boxed{{{other}}}")))
 
 
+def votes(texts):
+    """For each of a prompt's N responses, how many of them give the same final answer: 0 for one that gives none."""
+    boxes = [last_box(text) for text in texts]
+    same = lambda a, b: a is not None and b is not None and same_answer(a, b)
+    return [sum(same(a, b) for b in boxes) for a in boxes]
+
+
 def is_correct(response, problem):
     """Does the response's last box hold the problem's answer?"""
     box = last_box(response)
     return box is not None and same_answer(str(problem["answer"]), box)
+
+
+def grade(problems, responses, allow_code=False):
+    """Is each response (text) right for its problem? Programs are run with the problem's tests, and only with allow_code."""
+    return [is_correct(response, problem) for response, problem in zip(responses, problems)]
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -157,18 +185,21 @@ def load_model(name, device, dtype=torch.float32):
     return model.to(device).eval(), tokenizer
 
 
-def encode_prompt(tokenizer, prompt):
+def encode_prompt(tokenizer, prompt, earlier=None):
     """Token ids of a prompt: the chat template with the paper's system prompt where the tokenizer has a template (in the user's
-    turn where the template knows no system role), else the plain text and a line break."""
+    turn where the template knows no system role), else the plain text and a line break. `earlier` is a response to be refined: its
+    turn and a request follow, or in plain text the response and the prompt once more."""
     if tokenizer.chat_template is None:
-        return tokenizer(prompt + "\n")["input_ids"]
-    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
+        return tokenizer(prompt + "\n" + (f"{earlier}\n\n{prompt}\n" if earlier is not None else ""))["input_ids"]
+    turns = [{"role": "user", "content": prompt}]
+    if earlier is not None:
+        turns += [{"role": "assistant", "content": earlier}, {"role": "user", "content": REFINE}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM}] + turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template itself raises, through jinja2: Gemma's has no system role
         if "system" not in str(error).lower():
             raise
-        turns = [{"role": "user", "content": f"{SYSTEM}\n\n{prompt}"}]
+        turns[0]["content"] = f"{SYSTEM}\n\n{prompt}"
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written the special tokens already
 
@@ -237,12 +268,13 @@ def pad_left(rows, device):
 
 
 @torch.no_grad()
-def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18, desc=None):
+def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18, desc=None, processors=(), streamer=None):
     """Sample one response per prompt: lists of token ids -> list of lists of token ids.
 
     Temperature 0 is greedy. Nothing else shapes the distribution: no top-k, no top-p, no penalty, whatever the checkpoint's
     generation_config says. A response ends with the first of the `stop` ids, which belongs to it, or at max_new_tokens without
-    one (truncated). Batches hold at most `budget` tokens, prompts and longest responses together.
+    one (truncated). Batches hold at most `budget` tokens, prompts and longest responses together. `processors`, LogitsProcessors of
+    transformers, come before the temperature; a `streamer` of transformers gets the tokens of a single prompt as they come.
     """
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
     config = GenerationConfig(**sampling, max_new_tokens=max_new_tokens, eos_token_id=list(stop), pad_token_id=stop[0])
@@ -254,10 +286,14 @@ def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18
         bar = tqdm(total=len(prompts), desc=desc, unit="response", leave=False, delay=5, disable=desc is None)
         for group in batches([len(p) + max_new_tokens for p in prompts], budget):
             inputs = pad_left([prompts[i] for i in group], model.device)
-            output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config)
+            output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config,
+                                    logits_processor=LogitsProcessorList(processors), streamer=streamer)
             for i, row in zip(group, output[:, inputs["input_ids"].shape[1] :].tolist()):
                 end = next((t for t, token in enumerate(row) if token in stop), len(row) - 1)
                 responses[i] = row[: end + 1]
+            for processor in processors:
+                if getattr(processor, "seen", None):
+                    processor.keep([len(responses[i]) for i in group])
             bar.update(len(group))
         bar.close()
     finally:
@@ -294,14 +330,101 @@ def score_all(model, head, prompts, responses, temperature=1.0, budget=2**16):
     return values[0], values[1], values[2].bool()
 
 
+# ----------------------------------------------------------------------------------------------------------- decoders
+
+
+def parse_decoder(name, temperature=1.0):
+    """"[em-inf+ or adaptive-temperature+]SCHEME[@T]" -> (name in SHARPEN or None, name in SCHEMES, T). A sharpener alone samples; greedy is
+    T = 0, and without "@T" the others have the `temperature` given. Raises ValueError for anything else."""
+    spec, _, at = name.partition("@")
+    sharpen, _, scheme = spec.rpartition("+")
+    if scheme in SHARPEN and not sharpen:
+        sharpen, scheme = scheme, "sample"
+    try:
+        temperature = 0.0 if scheme == "greedy" else float(at or temperature)
+        known = scheme in SCHEMES and sharpen in ("", *SHARPEN) and (temperature > 0) == (scheme != "greedy") and not (at and not temperature)
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f"--decode {name}: give {', '.join(SCHEMES)} or {', '.join(SHARPEN)}, with @T for a temperature above 0, or one of "
+                         "the latter before one of the former, as in em-inf+self-consistency@0.7")
+    return sharpen or None, scheme, temperature
+
+
+def most_agreed(texts):
+    """Index of the response that self-consistency keeps: the first with the most common final answer or, where none has one (code, say),
+    the one with the lowest mean Levenshtein distance to the others (characters)."""
+    counts = votes(texts)
+    if max(counts) == 0:
+        counts = [-sum(Levenshtein.distance(a, b) for b in texts) for a in texts]
+    return counts.index(max(counts))
+
+
+def decode(model, tokenizer, problems, decoder, max_new_tokens, budget=2**18, desc=None, temperature=1.0, sharpen=SHARPEN):
+    """Answer each problem: -> prompts, responses (token ids; a prompt holds the earlier answer, where there is one) and spent, the tokens
+    that went through the model for each problem, prompts too. `sharpen` makes the LogitsProcessors by name."""
+    name, scheme, temperature = parse_decoder(decoder, temperature)
+    stop, N = stop_ids(model, tokenizer), SCHEMES[scheme]
+    respond = lambda prompts: generate(model, prompts, stop, max_new_tokens, temperature, budget, desc, [sharpen[name]()] if name else [])
+    read = lambda response: tokenizer.decode(response, skip_special_tokens=True)
+    prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+    if scheme == "self-consistency":
+        drafts = respond([prompt for prompt in prompts for _ in range(N)])
+        groups = [drafts[i : i + N] for i in range(0, len(drafts), N)]
+        responses = [group[most_agreed([read(response) for response in group])] for group in groups]
+        spent = [N * len(prompt) + sum(map(len, group)) for prompt, group in zip(prompts, groups)]
+    else:
+        responses = respond(prompts)
+        spent = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
+        for _ in range(N - 1):  # refine
+            prompts = [encode_prompt(tokenizer, problem["prompt"], read(response)) for problem, response in zip(problems, responses)]
+            responses = respond(prompts)
+            spent = [n + len(prompt) + len(response) for n, prompt, response in zip(spent, prompts, responses)]
+    return prompts, responses, spent
+
+
+def evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed=0, budget=2**18, desc=None, temperature=1.0, sharpen=SHARPEN,
+             allow_code=False):
+    """One graded answer per problem: a list of dicts with id, decoder, seed, response (text), correct, answered (it has a box, or it is a
+    program), truncated, length (tokens), entropy and logprob (means over the response's tokens, nats, of the model's own distribution at T = 1),
+    flops (2 P n, with n all tokens that the decoder spent), seconds (an equal share) and the problem's answer. `head` comes from `output_head`;
+    decoder, temperature and sharpen go to `decode`, allow_code to `grade`.
+
+    The caller's random state is left as it was, so that evaluating more often does not change a training run.
+    """
+    started, stop, P = time.time(), stop_ids(model, tokenizer), sum(p.numel() for p in model.parameters())
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        prompts, responses, spent = decode(model, tokenizer, problems, decoder, max_new_tokens, budget, desc, temperature, sharpen)
+    seconds = (time.time() - started) / len(problems)
+    entropy, logprobs, _ = (x.double().sum(-1).tolist() for x in score_all(model, head, prompts, responses, budget=budget // 4))
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    rows = zip(problems, responses, texts, grade(problems, texts, allow_code), spent, entropy, logprobs)
+    return [{"id": problem["id"], "decoder": decoder, "seed": seed, "response": text, "correct": correct,
+             "answered": "tests" in problem or last_box(text) is not None, "truncated": ids[-1] not in stop, "length": len(ids),
+             "entropy": H / len(ids), "logprob": l / len(ids), "flops": 2 * P * n, "seconds": seconds, "answer": problem.get("answer")}
+            for problem, ids, text, correct, n, H, l in rows]
+
+
 # ------------------------------------------------------------------------------------------------------------- scores
 
 
-def accuracy_interval(correct, z=1.96):
-    """(share, low, high): the share of True and its 95 % Wilson interval over problems."""
-    n, share = len(correct), sum(correct) / len(correct)
+def accuracy_interval(share, n, z=1.96):
+    """(low, high): the 95 % Wilson interval of a share of n problems."""
     centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return share, (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def paired_interval(a, b, z=1.96):
+    """(difference, low, high): mean of b - a over problems and its 95 % interval; a and b are scores of the same problems, in one order."""
+    d = np.asarray(b, float) - np.asarray(a, float)
+    half = z * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.inf
+    return d.mean(), d.mean() - half, d.mean() + half
+
+
+def pass_at_k(n, correct, k):
+    """Probability that k of n responses, drawn without replacement, hold a right one, `correct` being right: unbiased for pass@k."""
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def auroc(scores, labels):
@@ -314,63 +437,240 @@ def auroc(scores, labels):
     return float(below.mean() / 2 / len(negative))
 
 
-def evaluate(model, tokenizer, head, problems, temperature, max_new_tokens, seed=0, budget=2**18, desc=None):
-    """One response per problem, graded: a dict of accuracy, low, high (its 95 % interval over problems), length (mean, tokens),
-    truncated (share), entropy (mean over all response tokens, nats), and per problem: correct, responses (texts), entropies (mean
-    over the response's tokens, nats). `head` comes from `output_head`. At temperature 0 entropies are still those at T = 1.
+def calibration(confidences, correct, bins=10):
+    """(ece, rows): expected calibration error, the mean of |accuracy - confidence| over equally wide bins of (0, 1], weighted by their
+    count; and (mean confidence, accuracy, count) of each bin that is not empty."""
+    confidences, correct = np.asarray(confidences, float), np.asarray(correct, float)
+    which = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
+    rows = [(confidences[which == b].mean(), correct[which == b].mean(), int((which == b).sum())) for b in np.unique(which)]
+    return sum(abs(accuracy - confidence) * count for confidence, accuracy, count in rows) / len(correct), rows
 
-    The caller's random state is left as it was, so that evaluating more often does not change a training run.
+
+def by_problem(samples, key="correct"):
+    """{problem's id: its samples' values of `key`}."""
+    groups = {}
+    for sample in samples:
+        groups.setdefault(sample["id"], []).append(sample[key])
+    return groups
+
+
+def summary(samples):
+    """Means over samples of one model, data set and decoder, of any seeds: a dict of problems, accuracy, sd (over seeds), low, high (95 %
+    interval of accuracy over problems), pass (pass@n of a seed's n responses), answered, truncated (shares), length (tokens), entropy (nats, mean over
+    all tokens), auroc (of entropy, for wrong against right), ece (confidence: exp(mean log-prob of the response's tokens)), and for one seed: tokens
+    of its answers, flops and seconds."""
+    mean = lambda key: float(np.mean([sample[key] for sample in samples]))
+    seeds = {sample["seed"]: [s for s in samples if s["seed"] == sample["seed"]] for sample in samples}
+    groups = [list(by_problem(seed).values()) for seed in seeds.values()]
+    low, high = accuracy_interval(mean("correct"), len(by_problem(samples)))
+    return {"problems": len(by_problem(samples)), "n": len(groups[0][0]), "seeds": len(seeds), "accuracy": mean("correct"),
+            "sd": float(np.std([np.mean([s["correct"] for s in seed]) for seed in seeds.values()], ddof=1)) if len(seeds) > 1 else None,
+            "low": low, "high": high, "pass": float(np.mean([pass_at_k(len(g), sum(g), len(g)) for group in groups for g in group])),
+            **{key: mean(key) for key in ("answered", "truncated", "length")},
+            "entropy": sum(s["entropy"] * s["length"] for s in samples) / sum(s["length"] for s in samples),
+            "auroc": auroc([s["entropy"] for s in samples], [not s["correct"] for s in samples]),
+            "ece": calibration([math.exp(s["logprob"]) for s in samples], [s["correct"] for s in samples])[0],
+            **{name: sum(s[key] for s in samples) / len(seeds) for name, key in (("tokens", "length"), ("flops", "flops"), ("seconds", "seconds"))}}
+
+
+def table(results):
+    """{name: samples} -> Markdown, a row for each."""
+    lines = ["| | pass@1 | 95 % over problems | pass@n | answered | truncated | entropy, nats | AUROC | ECE | length | tokens | FLOPs | seconds |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    for name, samples in results.items():
+        r = summary(samples)
+        lines.append(f"| {name} | {r['accuracy']:.1%}" + (f" ± {r['sd']:.1%}" if r["sd"] is not None else "") + f" | {r['low']:.1%} to {r['high']:.1%} | "
+                     + (f"{r['pass']:.1%} (n = {r['n']})" if r["n"] > 1 else "") + f" | {r['answered']:.1%} | {r['truncated']:.1%} | {r['entropy']:.3f} | "
+                     f"{r['auroc']:.3f} | {r['ece']:.3f} | {r['length']:.1f} | {r['tokens']:,.0f} | {r['flops']:.3g} | {r['seconds']:.1f} |")
+    return "\n".join(lines) + ("\n\npass@1: mean ± sd over seeds; of one seed: tokens of the answers, FLOPs (2 x parameters x all tokens that went "
+                               "through the model) and seconds.\nEntropy: of the model itself at T = 1, per token. AUROC: of that entropy, wrong against "
+                               "right answers. ECE: confidence exp(mean log-prob of the tokens), 10 bins.")
+
+
+def reliability_plot(results, path):
+    """Accuracy against confidence in 10 bins, a line for each of {name: samples}; a dot's area is the bin's share."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
+    axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="calibrated")
+    for i, (name, samples) in enumerate(results.items()):
+        ece, rows = calibration([math.exp(s["logprob"]) for s in samples], [s["correct"] for s in samples])
+        x, y, count = zip(*rows)
+        axis.plot(x, y, color=f"C{i}", linestyle=("-", "--", "-.")[i % 3], label=f"{name} (ECE {ece:.2f})")
+        axis.scatter(x, y, s=[8 + 300 * c / len(samples) for c in count], color=f"C{i}", marker="os^Dv"[i % 5], alpha=0.7)
+    axis.set(xlabel="confidence: exp(mean log-prob of the answer's tokens)", ylabel="share right", xlim=(0, 1.02), ylim=(-0.02, 1.02),
+             title="Is the model as often right as it is sure?")
+    axis.legend(frameon=False, fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def diagnose(greedy, sampled):
+    """Will entropy minimisation help this model on these problems? Samples of greedy decoding, and N a problem at T = 1 -> text.
+
+    EM-RL raises the surer of a problem's responses, so what decides is whether they are the right ones: the share of pairs of a right and a
+    wrong response to the same problem where the right one has the lower entropy (0.5 is chance). Rule: from 0.6 on EM likely helps, under
+    0.45 it harms, between them, or with fewer than 30 problems that have such pairs, it is unlikely to matter.
     """
-    stop, prompts = stop_ids(model, tokenizer), [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        ids = generate(model, prompts, stop, max_new_tokens, temperature, budget, desc)
-    lengths, sums = np.array([len(r) for r in ids]), score_all(model, head, prompts, ids, budget=budget // 4)[0].double().sum(-1).cpu().numpy()
-    responses = [tokenizer.decode(r, skip_special_tokens=True) for r in ids]
-    correct = [is_correct(response, problem) for response, problem in zip(responses, problems)]
-    share, low, high = accuracy_interval(correct)
-    return {"accuracy": share, "low": low, "high": high, "length": float(lengths.mean()),
-            "truncated": float(np.mean([r[-1] not in stop for r in ids])), "entropy": float(sums.sum() / lengths.sum()),
-            "correct": correct, "responses": responses, "entropies": sums / lengths}
+    entropies, right, texts = (by_problem(sampled, key) for key in ("entropy", "correct", "response"))
+    pairs = {i: auroc(entropies[i], np.logical_not(right[i])) for i in entropies if 0 < sum(right[i]) < len(right[i])}
+    within = float(np.mean(list(pairs.values()))) if pairs else math.nan
+    majority = np.mean([right[i][most_agreed(texts[i])] for i in texts])
+    distinct = np.mean([len({last_box(text) for text in group}) for group in texts.values()])
+    g, s, N = summary(greedy), summary(sampled), len(next(iter(texts.values())))
+    verdict = ("unlikely to matter" if len(pairs) < 30 or 0.45 <= within < 0.6 else "likely helps" if within >= 0.6 else "harms")
+    return "\n".join([
+        f"greedy {g['accuracy']:.1%}, T = 1 {s['accuracy']:.1%}, majority of {N} {majority:.1%} ({majority - g['accuracy']:+.1%} over greedy, "
+        f"{majority - s['accuracy']:+.1%} over T = 1), pass@{N} {s['pass']:.1%}; {distinct:.1f} distinct answers of {N}",
+        f"AUROC for wrong answers: of entropy {s['auroc']:.3f}, of minus the sequence's log-prob "
+        f"{auroc([-x['logprob'] * x['length'] for x in sampled], [not x['correct'] for x in sampled]):.3f}; ECE {s['ece']:.3f}",
+        f"within a problem: in {within:.1%} of the pairs the right answer is the surer one ({len(pairs)} of {len(texts)} problems have such pairs)",
+        f"\nEntropy minimisation {verdict} here. Rule: likely helps from 60 % on, harms under 45 %, else unlikely to matter; at least 30 problems."])
+
+
+def run_decoders(model, tokenizer, head, problems, decoders, seeds, max_new_tokens, budget, temperature, sharpen=SHARPEN):
+    """{decoder: samples} over seeds 1 to `seeds`; one for greedy, which has no chance in it."""
+    results = {name: [] for name in decoders}
+    jobs = [(name, seed) for name in decoders for seed in range(1, seeds + 1) if seed == 1 or parse_decoder(name, temperature)[2]]
+    for name, seed in (bar := tqdm(jobs, unit="run", leave=False, delay=5)):
+        bar.set_description(f"{name}, seed {seed}")
+        results[name] += evaluate(model, tokenizer, head, problems, name, max_new_tokens, seed, budget, "responses", temperature, sharpen)
+    return results
+
+
+def read_samples(folder, regrade=False):
+    """{"DATA DECODER": samples} of an evaluation's folder. Raises FileNotFoundError where there is none."""
+    paths = sorted(Path(folder).glob("samples*.jsonl"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no samples.jsonl in it; give the folder of an evaluation")
+    samples = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.endswith("}")]
+    samples.sort(key=lambda s: (s["job"], s["part"], s["place"]))
+    results = {}
+    for sample in samples:
+        results.setdefault(f"{Path(sample['data']).stem} {sample['decoder']}", []).append(sample)
+    return results
+
+
+def compare(a, b):
+    """Two {name: samples} -> Markdown: per data set and decoder that both have, the paired difference of accuracy over the problems that both have."""
+    lines = ["| | problems | A | B | B - A | 95 % |", "|---|---|---|---|---|---|"]
+    for name in [name for name in a if name in b]:
+        first, second = by_problem(a[name]), by_problem(b[name])
+        both = [i for i in first if i in second]
+        x, y = ([float(np.mean(group[i])) for i in both] for group in (first, second))
+        difference, low, high = paired_interval(x, y)
+        lines.append(f"| {name} | {len(both)} | {np.mean(x):.1%} | {np.mean(y):.1%} | {difference:+.1%} | {low:+.1%} to {high:+.1%} |")
+    if len(lines) == 2:
+        raise ValueError(f"--compare: nothing in common; A has {', '.join(a)}, and B has {', '.join(b)}")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(HERE / "tiny/base"), help="folder or Hub id (default: the tiny base model)")
+    parser.add_argument("--data", default=str(HERE / "tiny/test.jsonl"), help="JSONL files or names, with commas (default: the tiny world's)")
+    parser.add_argument("--limit", type=int, help="only the first LIMIT problems of each")
+    parser.add_argument("--decode", default="greedy,sample", help="decoders, with commas, see above (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling, where a decoder names none (default: %(default)s)")
+    parser.add_argument("--n", type=int, default=1, help="answers per problem and seed, for pass@n (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to SEEDS; greedy decoding needs one (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest response; 3072 for real models (default: %(default)s)")
+    parser.add_argument("--budget", type=int, default=2**16, help="tokens per generation batch (default: %(default)s)")
+    parser.add_argument("--part", type=int, default=512, help="answers between two writes to the folder (default: %(default)s)")
+    parser.add_argument("--allow-code-execution", action="store_true", help="run the programs that answer code problems, in a sandbox")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--out", help="folder for the results (default: a new one in runs/)")
+    parser.add_argument("--resume", metavar="FOLDER", help="go on with an interrupted evaluation")
+    parser.add_argument("--regrade", metavar="FOLDER", help="grade an evaluation's samples again and print its table; needs no model")
+    parser.add_argument("--compare", nargs=2, metavar="FOLDER", help="paired difference between two evaluations on the same problems")
+    parser.add_argument("--diagnose", action="store_true", help="will EM help this model on these problems? 256 of them, 4 answers each")
+    args = parser.parse_args(argv)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        if args.compare:
+            return print(compare(*map(read_samples, args.compare)))
+        if args.regrade:
+            results = read_samples(args.regrade)
+            for samples in results.values():
+                texts = [sample["response"] for sample in samples]
+                for sample, right in zip(samples, grade(samples, texts, args.allow_code_execution)):
+                    sample["correct"] = right
+            return print(table(results))
+        if args.resume:
+            settings = json.loads((Path(args.resume) / "config.json").read_text())
+            parser.set_defaults(**settings)
+            args = parser.parse_args(argv)
+        if args.diagnose:
+            args.limit, args.decode, args.n, args.seeds = args.limit or 256, "greedy,sample@1", 4, 1
+        if min(args.n, args.seeds, args.part, args.max_new_tokens) < 1:
+            raise ValueError(f"--n {args.n}, --seeds {args.seeds}, --part {args.part} and --max-new-tokens {args.max_new_tokens} must be at least 1")
+        names = [(data, decoder) for data in args.data.split(",") for decoder in args.decode.split(",")]
+        schemes = {decoder: parse_decoder(decoder, args.temperature) for _, decoder in names}
+        problems = {data: load_problems(data)[: args.limit] for data, _ in names}
+        for data in problems:
+            if missing := sum("answer" not in p and "tests" not in p for p in problems[data]):
+                raise ValueError(f"--data {data}: {missing} of its problems have no answer and no tests to grade against")
+            if any("tests" in p for p in problems[data]) and not args.allow_code_execution:
+                raise ValueError(f"--data {data}: its answers are programs, and grading runs them; --allow-code-execution does (see sandbox.py)")
+        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = args.device or (cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        if world > 1:
+            torch.distributed.init_process_group("gloo")
+        model, tokenizer = load_model(args.model, device, torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        head = output_head(model, encode_prompt(tokenizer, next(iter(problems.values()))[0]["prompt"]))
+        folder = Path(args.resume or args.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}")
+        if not args.resume and rank == 0:
+            if (folder / "config.json").exists():
+                raise FileExistsError(f"{folder} holds an evaluation: go on with it by --resume {folder}, or give another --out")
+            folder.mkdir(parents=True, exist_ok=True)
+            keep = {k: v for k, v in vars(args).items() if k not in ("resume", "regrade", "compare", "out", "device")}
+            (folder / "config.json").write_text(json.dumps(keep, indent=1) + "\n")
+    except (OSError, ValueError) as error:
+        sys.exit(f"eval.py: {error}")
+    if world > 1:
+        torch.distributed.barrier()  # the folder is there
+    done = {(s["job"], s["part"]) for samples in read_samples(folder).values() for s in samples} if list(folder.glob("samples*.jsonl")) else set()
+    if rank == 0:
+        print(f"{args.model} on {', '.join(f'{len(p)} problems of {data}' for data, p in problems.items())}; {device}"
+              f"{f' and {world - 1} more' if world > 1 else ''}; prompt: {'chat template' if tokenizer.chat_template else 'plain, since there is no chat template'}"
+              f"\nresults: {folder}{f', {len(done)} parts are there already' if done else ''}", flush=True)
+
+    times = lambda decoder: args.n if schemes[decoder][2] else 1  # greedy decoding has no chance in it
+    # a job is one seed of one decoder on one data set; a part of it is written at once, with randomness of its own
+    parts = [(f"{data} {decoder} {seed}", part, data, decoder, seed) for data, decoder in names
+             for seed in range(1, args.seeds + 1) if seed == 1 or schemes[decoder][2]
+             for part in range(0, len(problems[data]) * times(decoder), args.part)]
+    try:
+        for job, part, data, decoder, seed in (bar := tqdm(parts[rank::world], unit="part", leave=False, delay=5)):
+            if (job, part) in done:
+                continue
+            bar.set_description(f"{Path(data).stem} {decoder}, seed {seed}")
+            some = [problem for problem in problems[data] for _ in range(times(decoder))][part : part + args.part]
+            samples = evaluate(model, tokenizer, head, some, decoder, args.max_new_tokens, seed + 1000 * part, args.budget, "answers", args.temperature,
+                               allow_code=args.allow_code_execution)
+            lines = [json.dumps({"job": job, "part": part, "place": i, "data": data} | sample | {"seed": seed}) + "\n" for i, sample in enumerate(samples)]
+            with (folder / f"samples{rank or ''}.jsonl").open("a") as f:
+                f.write("".join(lines))
+    except KeyboardInterrupt:
+        sys.exit(f"eval.py: stopped; go on with: python eval.py --resume {folder}")
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        results = read_samples(folder)
+        if args.diagnose:
+            for data in problems:
+                print(f"\n{data}:\n" + diagnose(*(results[f"{Path(data).stem} {decoder}"] for decoder in args.decode.split(","))))
+        else:
+            print("\n" + table(results))
+        (folder / "results.json").write_text(json.dumps({name: summary(samples) for name, samples in results.items()}, indent=1) + "\n")
+        reliability_plot(results, folder / "reliability.png")
+        print(f"\nsamples, results.json and reliability.png: {folder}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(HERE / "tiny/base"), help="folder or Hub id (default: the tiny base model)")
-    parser.add_argument("--data", default=str(HERE / "tiny/test.jsonl"), 
-                        help=f"JSONL file, one of {', '.join(HUB)}, or a Hub id (default: the tiny world's)")
-    parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
-    parser.add_argument("--n", type=int, default=4, help="responses per problem and seed at T = 1 (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to SEEDS (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest response; 3072 for real models (default: %(default)s)")
-    parser.add_argument("--budget", type=int, default=2**16, help="tokens per generation batch (default: %(default)s)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    args = parser.parse_args()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        problems = load_problems(args.data)[: args.limit]
-        if any("answer" not in p for p in problems):
-            raise ValueError(f"{args.data}: {sum('answer' not in p for p in problems)} problems have no answer to grade against")
-        model, tokenizer = load_model(args.model, device)
-        head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
-    except (OSError, ValueError) as error:
-        sys.exit(f"eval.py: {error}")
-    print(f"{args.model} on {len(problems)} problems of {args.data}, {device}; prompt: "
-          + ("chat template" if tokenizer.chat_template else "plain, since the tokenizer has no chat template"))
-
-    run = lambda *which: evaluate(model, tokenizer, head, *which[:2], args.max_new_tokens, which[2], args.budget, which[3])
-    greedy, rows = run(problems, 0.0, 0, "greedy"), []
-    for seed in range(1, args.seeds + 1):
-        sampled = run(problems * args.n, 1.0, seed, f"T = 1, seed {seed}")
-        correct = np.array(sampled["correct"]).reshape(args.n, len(problems))
-        wrong_above_right = auroc(sampled["entropies"], ~correct.ravel())
-        rows.append((correct.mean(), correct.any(0).mean(), wrong_above_right, sampled["entropy"], sampled["length"], sampled["truncated"]))
-    mean, sd = np.mean(rows, 0), np.std(rows, 0, ddof=1 if args.seeds > 1 else 0)
-    print(f"\n| decoding | pass@1 | pass@{args.n} | AUROC of entropy | entropy, nats/token | length, tokens | truncated |")
-    print("|---|---|---|---|---|---|---|")
-    ranked = auroc(greedy["entropies"], ~np.array(greedy["correct"]))
-    print(f"| greedy | {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | | {ranked:.3f} | "
-          f"{greedy['entropy']:.3f} | {greedy['length']:.1f} | {greedy['truncated']:.1%} |")
-    print(f"| T = 1 | {mean[0]:.1%} ± {sd[0]:.1%} | {mean[1]:.1%} ± {sd[1]:.1%} | {mean[2]:.3f} ± {sd[2]:.3f} | {mean[3]:.3f} ± {sd[3]:.3f} | "
-          f"{mean[4]:.1f} | {mean[5]:.1%} |")
-    print(f"\nGreedy: 95 % interval over problems. T = 1: mean ± sd over {args.seeds} seeds.")
+    main()

@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-from eval import evaluate
+from eval import evaluate, summary
 
 COLUMNS = ("step entropy loss reward reward_std length truncated kl grad_norm changed tokens flops seconds tokens_per_second "
            "val_greedy val_sampled val_entropy val_length val_truncated").split()
@@ -156,11 +156,11 @@ def held_out(step, folder, model, tokenizer, head, problems, max_new_tokens, see
     greedy responses go to samples.jsonl."""
     if not problems:
         return {}
-    greedy, sampled = (evaluate(model, tokenizer, head, problems, temperature, max_new_tokens, seed, budget, "held out")
-                       for temperature in (0.0, 1.0))
+    samples = [evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed, budget, "held out") for decoder in ("greedy", "sample")]
+    greedy, sampled = map(summary, samples)
     with (folder / "samples.jsonl").open("a") as f:
-        for problem, response, correct in list(zip(problems, greedy["responses"], greedy["correct"]))[:3]:
-            sample = {"step": step, "set": "held out", "prompt": problem["prompt"], "response": response, "correct": correct}
+        for problem, s in list(zip(problems, samples[0]))[:3]:
+            sample = {"step": step, "set": "held out", "prompt": problem["prompt"], "response": s["response"], "correct": s["correct"]}
             f.write(json.dumps(sample) + "\n")
     print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | "
           f"T = 1 {sampled['accuracy']:.1%}", flush=True)
