@@ -24,6 +24,7 @@ The folder of an evaluation: config.json, samples.jsonl (every response, with it
 grader and the numbers are the same for all decoders and models; seeds, intervals and costs stand beside them.
 """
 import argparse
+import collections
 import functools
 import json
 import math
@@ -542,15 +543,19 @@ def run_decoders(model, tokenizer, head, problems, decoders, seeds, max_new_toke
     return results
 
 
-def read_samples(folder, regrade=False):
-    """{"DATA DECODER": samples} of an evaluation's folder. Raises FileNotFoundError where there is none."""
-    paths = sorted(Path(folder).glob("samples*.jsonl"))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: no samples.jsonl in it; give the folder of an evaluation")
-    samples = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.endswith("}")]
-    samples.sort(key=lambda s: (s["job"], s["part"], s["place"]))
-    results = {}
-    for sample in samples:
+def read_samples(folder):
+    """{"DATA DECODER": samples} of an evaluation's folder, in the order of its jobs. Raises FileNotFoundError where there are none."""
+    samples, results = {}, {}
+    for path in sorted(Path(folder).glob("samples*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                sample = json.loads(line)
+            except json.JSONDecodeError:  # blank, or cut short by a kill; its part is done again, and comes later
+                continue
+            samples[sample["job"], sample["part"], sample["place"]] = sample
+    if not samples:
+        raise FileNotFoundError(f"{folder}: no samples.jsonl with samples in it; give the folder of an evaluation")
+    for _, sample in sorted(samples.items()):
         results.setdefault(f"{Path(sample['data']).stem} {sample['decoder']}", []).append(sample)
     return results
 
@@ -633,28 +638,28 @@ def main(argv=None):
         sys.exit(f"eval.py: {error}")
     if world > 1:
         torch.distributed.barrier()  # the folder is there
-    done = {(s["job"], s["part"]) for samples in read_samples(folder).values() for s in samples} if list(folder.glob("samples*.jsonl")) else set()
+    # a job is one seed of one decoder on one data set; a part of it is written at once, with randomness of its own
+    times = lambda decoder: args.n if schemes[decoder][2] else 1  # greedy decoding has no chance in it
+    jobs = [(data, decoder, seed) for data, decoder in names for seed in range(1, args.seeds + 1) if seed == 1 or schemes[decoder][2]]
+    parts = [(job, part) for job, (data, decoder, _) in enumerate(jobs) for part in range(0, len(problems[data]) * times(decoder), args.part)]
+    size = lambda job, part: min(args.part, len(problems[jobs[job][0]]) * times(jobs[job][1]) - part)
+    counts = collections.Counter((s["job"], s["part"]) for samples in read_samples(folder).values() for s in samples) if args.resume else {}
+    done = {part for part in parts if counts.get(part) == size(*part)}  # one that a kill has cut short is done again
     if rank == 0:
         print(f"{args.model} on {', '.join(f'{len(p)} problems of {data}' for data, p in problems.items())}; {device}"
               f"{f' and {world - 1} more' if world > 1 else ''}; prompt: {'chat template' if tokenizer.chat_template else 'plain, since there is no chat template'}"
               f"\nresults: {folder}{f', {len(done)} parts are there already' if done else ''}", flush=True)
 
-    times = lambda decoder: args.n if schemes[decoder][2] else 1  # greedy decoding has no chance in it
-    # a job is one seed of one decoder on one data set; a part of it is written at once, with randomness of its own
-    parts = [(f"{data} {decoder} {seed}", part, data, decoder, seed) for data, decoder in names
-             for seed in range(1, args.seeds + 1) if seed == 1 or schemes[decoder][2]
-             for part in range(0, len(problems[data]) * times(decoder), args.part)]
     try:
-        for job, part, data, decoder, seed in (bar := tqdm(parts[rank::world], unit="part", leave=False, delay=5)):
-            if (job, part) in done:
-                continue
+        for job, part in (bar := tqdm([part for part in parts if part not in done][rank::world], unit="part", leave=False, delay=5)):
+            data, decoder, seed = jobs[job]
             bar.set_description(f"{Path(data).stem} {decoder}, seed {seed}")
             some = [problem for problem in problems[data] for _ in range(times(decoder))][part : part + args.part]
             samples = evaluate(model, tokenizer, head, some, decoder, args.max_new_tokens, seed + 1000 * part, args.budget, "answers", args.temperature,
                                allow_code=args.allow_code_execution)
             lines = [json.dumps({"job": job, "part": part, "place": i, "data": data} | sample | {"seed": seed}) + "\n" for i, sample in enumerate(samples)]
             with (folder / f"samples{rank or ''}.jsonl").open("a") as f:
-                f.write("".join(lines))
+                f.write("\n" * (f.tell() > 0) + "".join(lines))  # a blank line, in case a kill has left half a one
     except KeyboardInterrupt:
         sys.exit(f"eval.py: stopped; go on with: python eval.py --resume {folder}")
     if world > 1:

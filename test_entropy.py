@@ -5,6 +5,7 @@ Every test. Each name says the bug that it guards against; each formula is compa
     pytest -k "head or padded"   # some of it
 """
 import csv
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's libraries are imported: n
 
 import hypothesis
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -607,6 +609,96 @@ def test_wilson_interval_and_auroc_against_brute_force():
     scores, labels = [0.1, 0.4, 0.4, 0.8, 0.3, 0.4], [0, 1, 0, 1, 0, 1]
     pairs = [(a > b) + 0.5 * (a == b) for a, i in zip(scores, labels) if i for b, j in zip(scores, labels) if not j]
     assert ev.auroc(scores, labels) == pytest.approx(sum(pairs) / len(pairs)) and math.isnan(ev.auroc([1.0], [1]))
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_response():
+    for n, c in [(5, 0), (5, 1), (5, 3), (5, 5), (7, 2)]:
+        for k in range(1, n + 1):
+            subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+            assert ev.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_calibration_error_of_a_case_worked_by_hand():
+    """Bins (0.9, 1]: 0.95 sure, 2 of 3 right; (0.5, 0.6]: 0.55 sure, 1 of 1. ECE = 3/4 |2/3 - 0.95| + 1/4 |1 - 0.55|. An edge belongs below it."""
+    ece, rows = ev.calibration([0.92, 0.95, 0.98, 0.55], [1, 0, 1, 1])
+    assert ece == pytest.approx(0.75 * (0.95 - 2 / 3) + 0.25 * 0.45) and [count for *_, count in rows] == [1, 3]
+    assert [count for *_, count in ev.calibration([1.0, 0.9, 0.1, 1e-9], [1, 1, 0, 0])[1]] == [2, 1, 1]
+
+
+def test_paired_interval_covers_the_true_difference_at_its_rate():
+    """Two models, right on the same easy problems, the second a little better: an interval that ignored the pairs would cover 99 %."""
+    rng, covered, width = np.random.default_rng(0), 0, 0.0
+    for _ in range(1000):
+        p = rng.beta(0.3, 0.3, size=300)
+        q = np.clip(p + 0.05, 0, 1)
+        _, low, high = ev.paired_interval(rng.random(300) < p, rng.random(300) < q)
+        covered += low <= np.clip(p + 0.05, 0, 1).mean() - p.mean() <= high
+        width += (high - low) / 1000
+    assert 0.93 < covered / 1000 < 0.97 and width < 0.75 * 2 * 1.96 * math.sqrt(2 * 0.25 / 300)
+
+
+def fake_samples(answers, right=lambda problem, i, entropy: entropy < 0.5, N=4, problems=60, decoder="sample", seed=1):
+    """N responses to each problem; answers(problem, i) -> entropy; right decides from it."""
+    rows = []
+    for p in range(problems):
+        for i in range(N):
+            H = answers(p, i)
+            rows.append({"id": f"p/{p}", "decoder": decoder, "seed": seed, "response": rf"\boxed{{{i}}}", "correct": bool(right(p, i, H)), "answered": True,
+                         "truncated": False, "length": 4, "entropy": H, "logprob": -H, "flops": 1.0, "seconds": 0.1, "answer": "0"})
+    return rows
+
+
+def test_diagnosis_follows_the_confidence_within_a_problem():
+    rng = np.random.default_rng(0)
+    entropy = lambda p, i: 0.1 + 0.2 * i + 0.01 * rng.random()
+    greedy = fake_samples(lambda p, i: 0.2, N=1)
+    said = lambda right, **more: ev.diagnose(greedy, fake_samples(entropy, right, **more))
+    assert "likely helps" in (text := said(lambda p, i, H: i < 2)) and "100.0% of the pairs" in text
+    assert "minimisation harms" in said(lambda p, i, H: i > 1)
+    assert "unlikely to matter" in said(lambda p, i, H: i == p % 4)
+    assert "unlikely to matter" in said(lambda p, i, H: i < 2 and p < 20)  # too few problems to say
+    assert "unlikely to matter" in said(lambda p, i, H: True)
+
+
+def test_an_interrupted_evaluation_goes_on_and_samples_alone_give_the_scores_again(tmp_path, capsys):
+    settings = ["--limit", "24", "--decode", "greedy,em-inf", "--seeds", "2", "--n", "2", "--part", "20", "--device", "cpu"]
+    ev.main(settings + ["--out", str(tmp_path / "whole")])
+    table = capsys.readouterr().out
+    assert (tmp_path / "whole/reliability.png").exists()
+    folder = tmp_path / "cut"
+    ev.main(settings + ["--out", str(folder)])
+    text = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_text("".join(text[:44]) + text[44][:30])  # killed while it wrote a line of the fourth part
+    ev.main(["--resume", str(folder)])
+    flat = lambda folder: [s["response"] for samples in ev.read_samples(folder).values() for s in samples]
+    assert flat(folder) == flat(tmp_path / "whole") and len(flat(folder)) == 120
+    capsys.readouterr()
+    (folder / "config.json").unlink()
+    ev.main(["--regrade", str(folder)])
+    again = capsys.readouterr().out
+    row = lambda text: [line.rsplit("|", 2)[0] for line in text.splitlines() if line.startswith("| test")]  # without seconds
+    assert row(again) == row(table) and len(row(table)) == 2
+    ev.main(["--compare", str(tmp_path / "whole"), str(folder)])
+    assert capsys.readouterr().out.count("| +0.0% | +0.0% to +0.0% |") == 2
+
+
+def test_evaluations_say_in_one_line_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code.jsonl").write_text('{"prompt": "a", "tests": "assert f() == 1"}\n')
+    (tmp_path / "none.jsonl").write_text('{"prompt": "a"}\n')
+    fails(["--decode", "beam"], "--decode beam", "em-inf", main=ev.main)
+    fails(["--data", "code.jsonl"], "code.jsonl", "--allow-code-execution", main=ev.main)
+    fails(["--data", "none.jsonl"], "none.jsonl", "no answer", main=ev.main)
+    fails(["--n", "0"], "--n 0", main=ev.main)
+    fails(["--resume", "nowhere"], "nowhere", main=ev.main)
+    fails(["--regrade", "nowhere"], "nowhere", "samples.jsonl", main=ev.main)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.json").write_text("{}")
+    fails(["--out", "old"], "old", "--resume", main=ev.main)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["code.jsonl", "none.jsonl", "old"]
 
 
 # ------------------------------------------------------------------------------------------------------------------- em_rl.py
