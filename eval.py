@@ -45,6 +45,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from em_inf import AdaptiveTemperature, EMInf
 from entropy import entropy_and_logprob, token_entropy
+from scores import auroc, by_problem, compare, reliability_plot, summary, table
 
 HERE = Path(__file__).parent
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # the paper asks for this
@@ -337,13 +338,15 @@ def score_all(model, head, prompts, responses, temperature=1.0, budget=2**16):
 def parse_decoder(name, temperature=1.0):
     """"[em-inf+ or adaptive-temperature+]SCHEME[@T]" -> (name in SHARPEN or None, name in SCHEMES, T). A sharpener alone samples; greedy is
     T = 0, and without "@T" the others have the `temperature` given. Raises ValueError for anything else."""
+    if not temperature > 0:
+        raise ValueError(f"--temperature {temperature}: samples need one above 0; --decode greedy takes the most likely token")
     spec, _, at = name.partition("@")
     sharpen, _, scheme = spec.rpartition("+")
     if scheme in SHARPEN and not sharpen:
         sharpen, scheme = scheme, "sample"
     try:
         temperature = 0.0 if scheme == "greedy" else float(at or temperature)
-        known = scheme in SCHEMES and sharpen in ("", *SHARPEN) and (temperature > 0) == (scheme != "greedy") and not (at and not temperature)
+        known = scheme in SCHEMES and sharpen in ("", *SHARPEN) and (temperature > 0 or scheme == "greedy")
     except ValueError:
         known = False
     if not known:
@@ -387,9 +390,9 @@ def decode(model, tokenizer, problems, decoder, max_new_tokens, budget=2**18, de
 def evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed=0, budget=2**18, desc=None, temperature=1.0, sharpen=SHARPEN,
              allow_code=False):
     """One graded answer per problem: a list of dicts with id, decoder, seed, response (text), correct, answered (it has a box, or it is a
-    program), truncated, length (tokens), entropy and logprob (means over the response's tokens, nats, of the model's own distribution at T = 1),
-    flops (2 P n, with n all tokens that the decoder spent), seconds (an equal share) and the problem's answer. `head` comes from `output_head`;
-    decoder, temperature and sharpen go to `decode`, allow_code to `grade`.
+    program), truncated, length (tokens), entropy and logprob (means over the response's tokens, nats, of the model's own distribution at
+    T = 1), flops (2 P n, with n all tokens that the decoder spent), seconds (an equal share) and the problem's answer. `head` comes from
+    `output_head`; decoder, temperature and sharpen go to `decode`, allow_code to `grade`.
 
     The caller's random state is left as it was, so that evaluating more often does not change a training run.
     """
@@ -407,107 +410,7 @@ def evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed=0, 
             for problem, ids, text, correct, n, H, l in rows]
 
 
-# ------------------------------------------------------------------------------------------------------------- scores
-
-
-def accuracy_interval(share, n, z=1.96):
-    """(low, high): the 95 % Wilson interval of a share of n problems."""
-    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
-
-
-def paired_interval(a, b, z=1.96):
-    """(difference, low, high): mean of b - a over problems and its 95 % interval; a and b are scores of the same problems, in one order."""
-    d = np.asarray(b, float) - np.asarray(a, float)
-    half = z * d.std(ddof=1) / math.sqrt(len(d)) if len(d) > 1 else math.inf
-    return d.mean(), d.mean() - half, d.mean() + half
-
-
-def pass_at_k(n, correct, k):
-    """Probability that k of n responses, drawn without replacement, hold a right one, `correct` being right: unbiased for pass@k."""
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def auroc(scores, labels):
-    """Probability that a positive scores above a negative, ties counting half; nan without both kinds."""
-    scores, labels = np.asarray(scores, float), np.asarray(labels, bool)
-    positive, negative = scores[labels], np.sort(scores[~labels])
-    if not len(positive) or not len(negative):
-        return math.nan
-    below = np.searchsorted(negative, positive, "left") + np.searchsorted(negative, positive, "right")
-    return float(below.mean() / 2 / len(negative))
-
-
-def calibration(confidences, correct, bins=10):
-    """(ece, rows): expected calibration error, the mean of |accuracy - confidence| over equally wide bins of (0, 1], weighted by their
-    count; and (mean confidence, accuracy, count) of each bin that is not empty."""
-    confidences, correct = np.asarray(confidences, float), np.asarray(correct, float)
-    which = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
-    rows = [(confidences[which == b].mean(), correct[which == b].mean(), int((which == b).sum())) for b in np.unique(which)]
-    return sum(abs(accuracy - confidence) * count for confidence, accuracy, count in rows) / len(correct), rows
-
-
-def by_problem(samples, key="correct"):
-    """{problem's id: its samples' values of `key`}."""
-    groups = {}
-    for sample in samples:
-        groups.setdefault(sample["id"], []).append(sample[key])
-    return groups
-
-
-def summary(samples):
-    """Means over samples of one model, data set and decoder, of any seeds: a dict of problems, accuracy, sd (over seeds), low, high (95 %
-    interval of accuracy over problems), pass (pass@n of a seed's n responses), answered, truncated (shares), length (tokens), entropy (nats, mean over
-    all tokens), auroc (of entropy, for wrong against right), ece (confidence: exp(mean log-prob of the response's tokens)), and for one seed: tokens
-    of its answers, flops and seconds."""
-    mean = lambda key: float(np.mean([sample[key] for sample in samples]))
-    seeds = {sample["seed"]: [s for s in samples if s["seed"] == sample["seed"]] for sample in samples}
-    groups = [list(by_problem(seed).values()) for seed in seeds.values()]
-    low, high = accuracy_interval(mean("correct"), len(by_problem(samples)))
-    return {"problems": len(by_problem(samples)), "n": len(groups[0][0]), "seeds": len(seeds), "accuracy": mean("correct"),
-            "sd": float(np.std([np.mean([s["correct"] for s in seed]) for seed in seeds.values()], ddof=1)) if len(seeds) > 1 else None,
-            "low": low, "high": high, "pass": float(np.mean([pass_at_k(len(g), sum(g), len(g)) for group in groups for g in group])),
-            **{key: mean(key) for key in ("answered", "truncated", "length")},
-            "entropy": sum(s["entropy"] * s["length"] for s in samples) / sum(s["length"] for s in samples),
-            "auroc": auroc([s["entropy"] for s in samples], [not s["correct"] for s in samples]),
-            "ece": calibration([math.exp(s["logprob"]) for s in samples], [s["correct"] for s in samples])[0],
-            **{name: sum(s[key] for s in samples) / len(seeds) for name, key in (("tokens", "length"), ("flops", "flops"), ("seconds", "seconds"))}}
-
-
-def table(results):
-    """{name: samples} -> Markdown, a row for each."""
-    lines = ["| | pass@1 | 95 % over problems | pass@n | answered | truncated | entropy, nats | AUROC | ECE | length | tokens | FLOPs | seconds |"]
-    lines.append("|---" * (lines[0].count("|") - 1) + "|")
-    for name, samples in results.items():
-        r = summary(samples)
-        lines.append(f"| {name} | {r['accuracy']:.1%}" + (f" ± {r['sd']:.1%}" if r["sd"] is not None else "") + f" | {r['low']:.1%} to {r['high']:.1%} | "
-                     + (f"{r['pass']:.1%} (n = {r['n']})" if r["n"] > 1 else "") + f" | {r['answered']:.1%} | {r['truncated']:.1%} | {r['entropy']:.3f} | "
-                     f"{r['auroc']:.3f} | {r['ece']:.3f} | {r['length']:.1f} | {r['tokens']:,.0f} | {r['flops']:.3g} | {r['seconds']:.1f} |")
-    return "\n".join(lines) + ("\n\npass@1: mean ± sd over seeds; of one seed: tokens of the answers, FLOPs (2 x parameters x all tokens that went "
-                               "through the model) and seconds.\nEntropy: of the model itself at T = 1, per token. AUROC: of that entropy, wrong against "
-                               "right answers. ECE: confidence exp(mean log-prob of the tokens), 10 bins.")
-
-
-def reliability_plot(results, path):
-    """Accuracy against confidence in 10 bins, a line for each of {name: samples}; a dot's area is the bin's share."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
-    axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="calibrated")
-    for i, (name, samples) in enumerate(results.items()):
-        ece, rows = calibration([math.exp(s["logprob"]) for s in samples], [s["correct"] for s in samples])
-        x, y, count = zip(*rows)
-        axis.plot(x, y, color=f"C{i}", linestyle=("-", "--", "-.")[i % 3], label=f"{name} (ECE {ece:.2f})")
-        axis.scatter(x, y, s=[8 + 300 * c / len(samples) for c in count], color=f"C{i}", marker="os^Dv"[i % 5], alpha=0.7)
-    axis.set(xlabel="confidence: exp(mean log-prob of the answer's tokens)", ylabel="share right", xlim=(0, 1.02), ylim=(-0.02, 1.02),
-             title="Is the model as often right as it is sure?")
-    axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+# ---------------------------------------------------------------------------------------------------------- evaluation
 
 
 def diagnose(greedy, sampled):
@@ -523,14 +426,14 @@ def diagnose(greedy, sampled):
     majority = np.mean([right[i][most_agreed(texts[i])] for i in texts])
     distinct = np.mean([len({last_box(text) for text in group}) for group in texts.values()])
     g, s, N = summary(greedy), summary(sampled), len(next(iter(texts.values())))
+    sequence = auroc([-x["logprob"] * x["length"] for x in sampled], [not x["correct"] for x in sampled])
     verdict = ("unlikely to matter" if len(pairs) < 30 or 0.45 <= within < 0.6 else "likely helps" if within >= 0.6 else "harms")
     return "\n".join([
-        f"greedy {g['accuracy']:.1%}, T = 1 {s['accuracy']:.1%}, majority of {N} {majority:.1%} ({majority - g['accuracy']:+.1%} over greedy, "
-        f"{majority - s['accuracy']:+.1%} over T = 1), pass@{N} {s['pass']:.1%}; {distinct:.1f} distinct answers of {N}",
-        f"AUROC for wrong answers: of entropy {s['auroc']:.3f}, of minus the sequence's log-prob "
-        f"{auroc([-x['logprob'] * x['length'] for x in sampled], [not x['correct'] for x in sampled]):.3f}; ECE {s['ece']:.3f}",
-        f"within a problem: in {within:.1%} of the pairs the right answer is the surer one ({len(pairs)} of {len(texts)} problems have such pairs)",
-        f"\nEntropy minimisation {verdict} here. Rule: likely helps from 60 % on, harms under 45 %, else unlikely to matter; at least 30 problems."])
+        f"greedy {g['accuracy']:.1%}, T = 1 {s['accuracy']:.1%}, pass@{N} {s['pass']:.1%}; {distinct:.1f} distinct answers of {N}",
+        f"majority of {N} {majority:.1%}: {majority - g['accuracy']:+.1%} over greedy, {majority - s['accuracy']:+.1%} over T = 1",
+        f"AUROC, wrong against right: of entropy {s['auroc']:.3f}, of minus the sequence's log-prob {sequence:.3f}; ECE {s['ece']:.3f}",
+        f"within a problem: the right answer is the surer one in {within:.1%} of the pairs ({len(pairs)} of {len(texts)} problems have any)",
+        f"\nEntropy minimisation {verdict} here. Rule: likely helps from 60 % on, harms under 45 %, else unlikely to matter; 30 problems at least."])
 
 
 def run_decoders(model, tokenizer, head, problems, decoders, seeds, max_new_tokens, budget, temperature, sharpen=SHARPEN):
@@ -544,7 +447,7 @@ def run_decoders(model, tokenizer, head, problems, decoders, seeds, max_new_toke
 
 
 def read_samples(folder):
-    """{"DATA DECODER": samples} of an evaluation's folder, in the order of its jobs. Raises FileNotFoundError where there are none."""
+    """{"DATA DECODER": samples} of an evaluation's folder, in the order of its jobs."""
     samples, results = {}, {}
     for path in sorted(Path(folder).glob("samples*.jsonl")):
         for line in path.read_text().splitlines():
@@ -553,25 +456,9 @@ def read_samples(folder):
             except json.JSONDecodeError:  # blank, or cut short by a kill; its part is done again, and comes later
                 continue
             samples[sample["job"], sample["part"], sample["place"]] = sample
-    if not samples:
-        raise FileNotFoundError(f"{folder}: no samples.jsonl with samples in it; give the folder of an evaluation")
     for _, sample in sorted(samples.items()):
         results.setdefault(f"{Path(sample['data']).stem} {sample['decoder']}", []).append(sample)
     return results
-
-
-def compare(a, b):
-    """Two {name: samples} -> Markdown: per data set and decoder that both have, the paired difference of accuracy over the problems that both have."""
-    lines = ["| | problems | A | B | B - A | 95 % |", "|---|---|---|---|---|---|"]
-    for name in [name for name in a if name in b]:
-        first, second = by_problem(a[name]), by_problem(b[name])
-        both = [i for i in first if i in second]
-        x, y = ([float(np.mean(group[i])) for i in both] for group in (first, second))
-        difference, low, high = paired_interval(x, y)
-        lines.append(f"| {name} | {len(both)} | {np.mean(x):.1%} | {np.mean(y):.1%} | {difference:+.1%} | {low:+.1%} to {high:+.1%} |")
-    if len(lines) == 2:
-        raise ValueError(f"--compare: nothing in common; A has {', '.join(a)}, and B has {', '.join(b)}")
-    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -596,6 +483,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
+        for folder in args.compare or [args.regrade] * bool(args.regrade):
+            if not read_samples(folder):
+                raise FileNotFoundError(f"{folder}: no samples.jsonl with samples in it; give the folder of an evaluation")
         if args.compare:
             return print(compare(*map(read_samples, args.compare)))
         if args.regrade:
@@ -612,7 +502,7 @@ def main(argv=None):
         if args.diagnose:
             args.limit, args.decode, args.n, args.seeds = args.limit or 256, "greedy,sample@1", 4, 1
         if min(args.n, args.seeds, args.part, args.max_new_tokens) < 1:
-            raise ValueError(f"--n {args.n}, --seeds {args.seeds}, --part {args.part} and --max-new-tokens {args.max_new_tokens} must be at least 1")
+            raise ValueError(f"--n {args.n}, --seeds {args.seeds}, --part {args.part} and --max-new-tokens {args.max_new_tokens}: 1 or more")
         names = [(data, decoder) for data in args.data.split(",") for decoder in args.decode.split(",")]
         schemes = {decoder: parse_decoder(decoder, args.temperature) for _, decoder in names}
         problems = {data: load_problems(data)[: args.limit] for data, _ in names}
@@ -646,18 +536,18 @@ def main(argv=None):
     counts = collections.Counter((s["job"], s["part"]) for samples in read_samples(folder).values() for s in samples) if args.resume else {}
     done = {part for part in parts if counts.get(part) == size(*part)}  # one that a kill has cut short is done again
     if rank == 0:
-        print(f"{args.model} on {', '.join(f'{len(p)} problems of {data}' for data, p in problems.items())}; {device}"
-              f"{f' and {world - 1} more' if world > 1 else ''}; prompt: {'chat template' if tokenizer.chat_template else 'plain, since there is no chat template'}"
-              f"\nresults: {folder}{f', {len(done)} parts are there already' if done else ''}", flush=True)
-
+        print(f"{args.model} on {', '.join(f'{len(p)} problems of {data}' for data, p in problems.items())}; {world} x {device}; prompt: "
+              + ("chat template" if tokenizer.chat_template else "plain, since there is no chat template"))
+        print(f"results: {folder}" + (f", which holds {len(done)} of {len(parts)} parts" if done else ""), flush=True)
     try:
         for job, part in (bar := tqdm([part for part in parts if part not in done][rank::world], unit="part", leave=False, delay=5)):
             data, decoder, seed = jobs[job]
             bar.set_description(f"{Path(data).stem} {decoder}, seed {seed}")
             some = [problem for problem in problems[data] for _ in range(times(decoder))][part : part + args.part]
-            samples = evaluate(model, tokenizer, head, some, decoder, args.max_new_tokens, seed + 1000 * part, args.budget, "answers", args.temperature,
-                               allow_code=args.allow_code_execution)
-            lines = [json.dumps({"job": job, "part": part, "place": i, "data": data} | sample | {"seed": seed}) + "\n" for i, sample in enumerate(samples)]
+            samples = evaluate(model, tokenizer, head, some, decoder, args.max_new_tokens, seed + 1000 * part, args.budget, "answers",
+                               args.temperature, allow_code=args.allow_code_execution)
+            lines = [json.dumps({"job": job, "part": part, "place": place, "data": data} | sample | {"seed": seed}) + "\n"
+                     for place, sample in enumerate(samples)]
             with (folder / f"samples{rank or ''}.jsonl").open("a") as f:
                 f.write("\n" * (f.tell() > 0) + "".join(lines))  # a blank line, in case a kill has left half a one
     except KeyboardInterrupt:

@@ -30,6 +30,7 @@ import em_ft
 import em_rl
 import eval as ev  # the name of a Python built-in
 import run
+import scores
 from em_inf import AdaptiveTemperature, EMInf
 from entropy import _EntropyAndLogprob, adaptive_temperature, entropy_and_logprob, minimize_entropy, token_entropy
 
@@ -602,13 +603,13 @@ def test_problems_of_a_file_keep_their_fields_and_a_solution_gives_its_last_box(
 
 
 def test_wilson_interval_and_auroc_against_brute_force():
-    low, high = ev.accuracy_interval(0.4, 100)
+    low, high = scores.accuracy_interval(0.4, 100)
     for edge in low, high:  # the interval's ends are where the share is 1.96 standard errors away
         assert abs(0.4 - edge) == pytest.approx(1.96 * math.sqrt(edge * (1 - edge) / 100), rel=1e-6)
-    assert ev.accuracy_interval(0.0, 9)[0] == pytest.approx(0.0, abs=1e-9)
-    scores, labels = [0.1, 0.4, 0.4, 0.8, 0.3, 0.4], [0, 1, 0, 1, 0, 1]
-    pairs = [(a > b) + 0.5 * (a == b) for a, i in zip(scores, labels) if i for b, j in zip(scores, labels) if not j]
-    assert ev.auroc(scores, labels) == pytest.approx(sum(pairs) / len(pairs)) and math.isnan(ev.auroc([1.0], [1]))
+    assert scores.accuracy_interval(0.0, 9)[0] == pytest.approx(0.0, abs=1e-9)
+    values, labels = [0.1, 0.4, 0.4, 0.8, 0.3, 0.4], [0, 1, 0, 1, 0, 1]
+    pairs = [(a > b) + 0.5 * (a == b) for a, i in zip(values, labels) if i for b, j in zip(values, labels) if not j]
+    assert scores.auroc(values, labels) == pytest.approx(sum(pairs) / len(pairs)) and math.isnan(scores.auroc([1.0], [1]))
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -618,14 +619,14 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_response():
     for n, c in [(5, 0), (5, 1), (5, 3), (5, 5), (7, 2)]:
         for k in range(1, n + 1):
             subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-            assert ev.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+            assert scores.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_calibration_error_of_a_case_worked_by_hand():
     """Bins (0.9, 1]: 0.95 sure, 2 of 3 right; (0.5, 0.6]: 0.55 sure, 1 of 1. ECE = 3/4 |2/3 - 0.95| + 1/4 |1 - 0.55|. An edge belongs below it."""
-    ece, rows = ev.calibration([0.92, 0.95, 0.98, 0.55], [1, 0, 1, 1])
+    ece, rows = scores.calibration([0.92, 0.95, 0.98, 0.55], [1, 0, 1, 1])
     assert ece == pytest.approx(0.75 * (0.95 - 2 / 3) + 0.25 * 0.45) and [count for *_, count in rows] == [1, 3]
-    assert [count for *_, count in ev.calibration([1.0, 0.9, 0.1, 1e-9], [1, 1, 0, 0])[1]] == [2, 1, 1]
+    assert [count for *_, count in scores.calibration([1.0, 0.9, 0.1, 1e-9], [1, 1, 0, 0])[1]] == [2, 1, 1]
 
 
 def test_paired_interval_covers_the_true_difference_at_its_rate():
@@ -634,7 +635,7 @@ def test_paired_interval_covers_the_true_difference_at_its_rate():
     for _ in range(1000):
         p = rng.beta(0.3, 0.3, size=300)
         q = np.clip(p + 0.05, 0, 1)
-        _, low, high = ev.paired_interval(rng.random(300) < p, rng.random(300) < q)
+        _, low, high = scores.paired_interval(rng.random(300) < p, rng.random(300) < q)
         covered += low <= np.clip(p + 0.05, 0, 1).mean() - p.mean() <= high
         width += (high - low) / 1000
     assert 0.93 < covered / 1000 < 0.97 and width < 0.75 * 2 * 1.96 * math.sqrt(2 * 0.25 / 300)
@@ -1033,8 +1034,11 @@ def eval_step(a, op, b):
     return (a + b if op == "+" else a - b if op == "-" else a * b) % 10
 
 
-def test_the_base_model_is_small_and_the_corpus_has_both_styles():
+def test_the_base_model_is_small_and_the_corpus_has_its_three_styles():
     assert sum(f.stat().st_size for f in (HERE / "tiny/base").iterdir()) < 3e6
     rng = prepare.random.Random(0)
     responses = [prepare.document(rng, 1.0, ())[1] for _ in range(2000)]
-    assert all("\\boxed{" in r for r in responses) and 0.3 < sum(r.startswith("\\boxed") for r in responses) / 2000 < 0.7
+    share = lambda f: sum(map(f, responses)) / 2000
+    assert share(lambda r: ev.last_box(r) is not None) == 1
+    assert share(lambda r: r.startswith("\\boxed")) == pytest.approx(np.mean(list(prepare.DIRECT.values())), abs=0.04)
+    assert share(lambda r: "=" not in r and "," in r) == pytest.approx(prepare.RAMBLING, abs=0.02)  # and the rest is worked
