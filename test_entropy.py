@@ -9,10 +9,16 @@ import itertools
 import json
 import math
 import os
+import re
+import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's libraries are imported: no test waits for a network
@@ -30,6 +36,7 @@ import em_ft
 import em_rl
 import eval as ev  # the name of a Python built-in
 import run
+import sandbox
 import scores
 from em_inf import AdaptiveTemperature, EMInf
 from entropy import _EntropyAndLogprob, adaptive_temperature, entropy_and_logprob, minimize_entropy, token_entropy
@@ -877,6 +884,298 @@ def test_what_was_sampled_is_scored_at_the_same_temperature(script, tmp_path, mo
         monkeypatch.setattr(script, name, lambda *args, name=name, place=place, inner=inner: seen.setdefault(name, []).append(args[place]) or inner(*args))
     script.main(FAST + ["--val", "none", "--steps", "1", "--beta", "0.1", "--rollouts", "2", "--temperature", "0.7", "--out", str(tmp_path / "run")])
     assert set(seen) == {"generate", "score", "score_all"} and {t for calls in seen.values() for t in calls} == {0.7}
+
+
+# ----------------------------------------------------------------------------------------------------------------- sandbox.py
+
+RIGHT = "f = lambda x: 2 * x\n"
+JUMP = """
+import sys
+def jump(frame, event, _):
+    for line in range(9, frame.f_lineno, -1):
+        try:
+            frame.f_lineno = line
+            break
+        except ValueError:
+            pass
+    return jump
+"""
+HUNT = """
+import gc, os, sys
+def f(x):
+    frame = sys._getframe()
+    while frame:
+        print(frame.f_locals, frame.f_globals, frame.f_code.co_consts, gc.get_referents(frame))
+        frame = frame.f_back
+    print(gc.get_objects(), vars(sys.modules["__main__"]), sys.stdin.buffer.peek(), sys.argv, os.environ, flush=True)
+    os._exit(0)
+"""
+HOSTILE = {  # name: a program that must not pass `assert f(1) == 2`; f is lambda x: x unless it says otherwise
+    "hangs": "while True: pass",
+    "hangs in C": "import time; time.sleep(99)",
+    "hangs in its function": "def f(x):\n while True: pass",
+    "leaves": "import sys; sys.exit(0)",
+    "leaves in its function": "def f(x): raise SystemExit",
+    "leaves at once": "import os; os._exit(0)",
+    "leaves at once in its function": "import os\ndef f(x): os._exit(0)",
+    "leaves from a thread": "import os, threading, time; threading.Thread(target=os._exit, args=(0,)).start(); time.sleep(9)",
+    "leaves through atexit": "import atexit, os; atexit.register(os._exit, 0)",
+    "leaves through excepthook": "import os, sys; sys.excepthook = lambda *_: os._exit(0)",
+    "becomes true": "import os; os.execv('/bin/true', ['true'])",
+    "interrupts": "def f(x): raise KeyboardInterrupt",
+    "kills itself": "import os; os.kill(os.getpid(), 9); 1 / 0",
+    "stops itself": "import os, time; os.kill(os.getpid(), 19); time.sleep(99)",
+    "kills its parent": "import os, time; os.kill(os.getppid(), 9); time.sleep(99)",
+    "kills its group": "import os; os.kill(0, 9); 1 / 0",
+    "ignores signals": "import signal\nfor s in {*range(1, 32)} - {9, 17, 19}: signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+    "recurses": "import sys; sys.setrecursionlimit(10**9)\nf = lambda x: f(x)",
+    "prints without end": "while True:\n try: print('x' * 2**20)\n except OSError: pass",
+    "is right, but prints megabytes": RIGHT + "print('x' * 2**23)",
+    "is right, but hides that it prints megabytes": RIGHT + "import os\ntry:\n while os.write(1, bytes(2**20)): pass\nexcept OSError: pass",
+    "is right, but takes memory": RIGHT + "import mmap; x = mmap.mmap(-1, 2**33)",
+    "takes all memory that there is": "x = []\nwhile True:\n try: x.append(bytearray(2**20))\n except MemoryError: pass",
+    "is right, but has a thread that never ends": RIGHT + "import threading, time; threading.Thread(target=time.sleep, args=(99,)).start()",
+    "is right, but closes its files": RIGHT + "import os; os.closerange(0, 64)",
+    "is right, but closes stdout": RIGHT + "import os; os.dup2(os.open('/dev/null', os.O_WRONLY), 1)",
+    "redefines AssertionError": "import builtins; builtins.AssertionError = lambda *_: SystemExit(0)",
+    "redefines exec": "import builtins, sys; m = sys.modules['__main__']; builtins.exec = m.exec = lambda *_: None; m.tests = ''",
+    "redefines os.write": "import os; w = os.write; os.write = lambda fd, data: w(1, data)\nf = lambda x: 1 / 0",
+    "redefines check": "import builtins; check = builtins.check = lambda *_: None",
+    "replaces modules": "import sys; sys.modules.update(dict.fromkeys(['os', 'sys', 'marshal', '__main__', 'builtins']))",
+    "replaces builtins": "__builtins__ = {}",
+    "prints a token": "print('0' * 32, 'passed', 'ok', '1 passed', True, sep='\\n')",
+    "writes to all files": "import os\nfor fd in range(64):\n try: os.write(fd, b'0' * 32 + b' passed ok')\n except OSError: pass",
+    "skips lines": JUMP + "sys.settrace(jump)",
+    "looks for the key": HUNT,
+    "looks for the key at once": HUNT + "f(1)",
+    "is right if it finds a secret": "import os\nif 'out of reach' in str(os.environ): " + RIGHT,
+}
+NAMESPACES = {  # only where programs are granted namespaces. MARK is a folder that all may write to, PORT a socket that listens
+    "forks without end": "import os\nwhile True:\n try: os.fork()\n except OSError: pass",
+    "forks without end and leaves its group": "import os\nwhile True:\n try: os.fork() or os.setsid()\n except OSError: pass",
+    "leaves a child that goes on": "import os\nif os.fork(): os._exit(0)",
+    "kills everything": "import os; os.kill(-1, 9); 1 / 0",
+    "kills by guessing": "import os\nfor pid in range(2, 40000):\n try: os.kill(pid, 9)\n except OSError: pass",
+    "fills the disk": "i = 0\nwhile True:\n i += 1\n try: open(str(i), 'wb').write(bytes(2**22))\n except OSError: pass",
+    "is right if it can write in MARK": "open('MARK/sandbox-file', 'w'); " + RIGHT,
+    "is right if it can write in REPO": "open('REPO/sandbox-file', 'w'); " + RIGHT,
+    "is right if it can write to the system": "open('/usr/sandbox-file', 'w'); " + RIGHT,
+    "is right if it can write to the root": "open('/sandbox-file', 'w'); " + RIGHT,
+    "is right if it can read the tests": "open('REPO/test_entropy.py'); " + RIGHT,
+    "is right if it sees processes": "import os; os.listdir('/proc'); " + RIGHT,
+    "is right if it can connect": "import socket; socket.create_connection(('127.0.0.1', PORT), 1); " + RIGHT,
+    "is right if it can mount": "import ctypes\nif ctypes.CDLL(None).mount(b'x', b'/usr', b'tmpfs', 0, None) == 0: " + RIGHT,
+    "leaves a daemon": ("import os, time\nif os.fork() == 0:\n os.setsid()\n if os.fork() == 0:\n  os.closerange(0, 64)\n  time.sleep(2)\n"
+                        "  open('MARK/daemon', 'w')\n os._exit(0)"),
+    "leaves a shell": "import os; os.system('(trap \"\" HUP TERM; sleep 98; touch MARK/shell) & # key.pop()')",
+}
+TASKS = [  # right, wrong, [(arguments, what is right for them)]
+    ("lambda a, b: a + b", "lambda a, b: a - b", [((1, 0), 1), ((2, 3), 5)]),
+    ("lambda s: s[::-1]", "lambda s: s", [(("a",), "a"), (("abc",), "cba")]),
+    ("lambda n: n % 2 == 0", "lambda n: n % 2", [((4,), True), ((7,), False)]),
+    ("lambda *x: max(x)", "lambda *x: x[0]", [((3, 1), 3), ((1, 2, 3), 3)]),
+    ("lambda n: 1 if n == 0 else n * f(n - 1)", "lambda n: n * f(n - 1)", [((5,), 120)]),
+    ("lambda n: n if n < 2 else f(n - 1) + f(n - 2)", "lambda n: n if n < 2 else f(n - 1) + 1", [((3,), 2), ((10,), 55)]),
+    ("lambda s: s == s[::-1]", "lambda s: True", [(("abba",), True), (("ab",), False)]),
+    ("lambda s: sum(c in 'aeiou' for c in s)", "lambda s: len(s)", [(("banana",), 3)]),
+    ("lambda x: sorted(x)", "lambda x: x", [(([3, 1, 2],), [1, 2, 3])]),
+    ("lambda x: sorted(set(x))", "lambda x: sorted(x)", [(([2, 1, 2],), [1, 2])]),
+    ("lambda a, b: a if b == 0 else f(b, a % b)", "lambda a, b: min(a, b)", [((4, 2), 2), ((12, 18), 6)]),
+    ("lambda n: n > 1 and all(n % i for i in range(2, n))", "lambda n: n % 2 == 1", [((7,), True), ((9,), False)]),
+    ("lambda s: ' '.join(w.capitalize() for w in s.split())", "lambda s: s.capitalize()", [(("as it is",), "As It Is")]),
+    ("lambda x: sum(x) / len(x)", "lambda x: sum(x) // len(x)", [(([1, 2],), 1.5)]),
+    ("lambda n: bin(n)[2:]", "lambda n: bin(n)", [((5,), "101")]),
+    ("lambda x: [b - a for a, b in zip(x, x[1:])]", "lambda x: [a - b for a, b in zip(x, x[1:])]", [(([1, 4, 9],), [3, 5])]),
+    ("lambda x, k: x[-k:] + x[:-k]", "lambda x, k: x[k:] + x[:k]", [(([1, 2, 3], 1), [3, 1, 2])]),
+    ("lambda s: max(s, key=s.count)", "lambda s: max(s)", [(("abbcz",), "b")]),
+    ("lambda n: sum(map(int, str(n)))", "lambda n: len(str(n))", [((123,), 6)]),
+    ("lambda x: x[len(x) // 2]", "lambda x: x[len(x)]", [(([1, 2, 3],), 2)]),
+]
+
+
+def as_job(function, cases, form):
+    """A program and its tests, of one of three forms: asserts, HumanEval's check, input and output."""
+    if form == "output":
+        return f"f = {function}\nprint(f(*eval(input())))", [{"input": f"{args}\n", "output": f"{want}\n"} for args, want in cases]
+    asserts = [f"assert f(*{args}) == {want!r}" for args, want in cases]
+    return (f"f = {function}", "\n".join(asserts)) if form == "asserts" else (f"g = {function.replace('f(', 'g(')}",
+                                                                           "\n    ".join(["def check(f):"] + asserts), "g")
+
+
+def sandboxed():
+    """The processes on this machine that belong to a sandbox: their command lines tell, also after a fork. Linux only."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # has just ended
+            if re.search(rb"def confine\(|key\.pop\(\)", path.read_bytes()):
+                found.add(path.parent)
+    return found
+
+
+def assert_no_sandbox_is_left():
+    left, deadline = sandboxed(), time.time() + 5
+    while left and time.time() < deadline:  # those of another run will end
+        time.sleep(0.1)
+        left &= sandboxed()
+    assert not left
+
+
+@pytest.fixture(params=["namespaces", "limits"])
+def confined(request, monkeypatch):
+    if request.param == "namespaces" and not sandbox.has_namespaces():
+        pytest.skip("this system grants no namespaces")
+    if request.param == "limits":
+        if os.getuid() == 0:  # its programs run as nobody, and this Python may lie where only root may look
+            monkeypatch.setattr(sys, "executable", shutil.which("python3", path="/usr/local/bin:/usr/bin") or sys.executable)
+        monkeypatch.setattr(sandbox, "has_namespaces", lambda: False)
+        try:
+            ran = sandbox.passes("", "pass")
+        except RuntimeError:
+            ran = False
+        if not ran:
+            pytest.skip(f"nobody can't run {sys.executable}")
+    return request.param
+
+
+@pytest.mark.parametrize("response, program", [
+    ("Sure:\n```python\nf = 1\n```\nDone.", "f = 1"), ("```py\na\n```\n```python\nb\n\nc\n```", "b\n\nc"), ("```\na\n```", "a"),
+    ("f = 1", None), ("", None), ("```python\na\n```\nOutput:\n```\n5\n```", "a"), ("```\na\n```\n```\nb\n```", "b"),
+    ("```python\na\n```\n```python\nb", None), ("```python\na", None), ("```python\na\n```\n```bash\nls", None), ("```python\n```", ""),
+    ("```python\na\n```\n```bash\nls\n```", "a"), ("```cpp\nint a;\n```", None), ("use ```a``` or\n```python\nb\n```", "b"),
+    ("1. So:\n   ```python\n   if a:\n       b\n   ```", "if a:\n    b"), ("```Python title=x\na\n```", "a"),
+])
+def test_sandbox_extracts_the_last_complete_program(response, program):
+    assert sandbox.extract_program(response) == program
+
+
+@pytest.mark.parametrize("output, expected, same", [
+    ("1 2\n3\n", "1 2\n3", True), ("1  2 \n3\n\n", " 1 2\n3", True), ("1 2 3", "1 2\n3", False), ("1.50", "1.5", True),
+    ("1e2", "100", True), ("", "0", False), ("YES", "yes", False), ("1", "1 1", False), ("nan", "nan", True), ("sNaN", "1", False),
+    ("", "\n", True), ("0.1", "0.10000001", False), ("a\r\nb", "a\nb", True), ("1\n2", "1\n3", False), ("1\n2", "1", False),
+])
+def test_sandbox_compares_output_by_tokens(output, expected, same):
+    assert sandbox.same_output(output, expected) is same
+
+
+def test_sandbox_tells_right_from_wrong_programs(confined):
+    jobs = [as_job(function, cases, form) for (right, wrong, cases), form in zip(TASKS, ("asserts", "check", "output") * 7)
+            for function in (right, wrong)]
+    assert sandbox.grade(jobs) == [True, False] * len(TASKS)
+
+
+def test_sandbox_lets_ordinary_programs_do_ordinary_things(confined):
+    printed = lambda wanted, given="": [{"input": given, "output": wanted}]
+    right = {
+        "recurses": ("import sys; sys.setrecursionlimit(10**6)\nf = lambda n: 0 if n == 0 else 1 + f(n - 1)", "assert f(5000) == 5000"),
+        "prints": ("f = lambda x: print('x' * 10**6) or x", "assert f(1) == 1"),
+        "has a main": ("f = lambda x: x\nif __name__ == '__main__': f(int(input()))", "assert f(1) == 1"),
+        "has a dataclass": ("from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n a: int", "A(1)"),
+        "is not ASCII": ("f = lambda: 'é∑'", "assert f() == 'é∑'"),
+        "prints what is not ASCII": ("print(input() + '∑')", printed("é∑", "é")),
+        "keeps a file": ("open('a', 'w').write('1')\nf = lambda: open('a').read()", "assert f() == '1'"),
+        "leaves after its output": ("import sys\nif __name__ == '__main__': print(2)\nsys.exit()", printed("2")),
+        "reads much": ("import sys; print(len(sys.stdin.read()))", printed("1000000", "x" * 10**6)),
+        "has half a surrogate pair": ("'\ud800'; print(1)", printed("1")),
+        "reads nothing": ("print(1)", printed("1", "x" * 10**6)),
+    }
+    wrong = {
+        "fails after its output": ("import sys; print(2); sys.exit(1)", printed("2")),
+        "is right for one input of two": ("print(1)", printed("1") + printed("2")),
+        "has no f": ("", "def check(f): pass", "f"), "does not parse": ("def", "pass"), "is none": (None, "pass"),
+        "has a null": ("\0", "pass"), "is too long": ("#" * 10**6, "pass"),
+    }
+    if confined == "namespaces":
+        right |= {
+            "has threads": ("from multiprocessing.pool import ThreadPool\nf = lambda x: ThreadPool(4).map(abs, x)", "assert f([-1])[0]"),
+            "has processes": ("from multiprocessing import Pool\nf = lambda x: Pool(2).map(abs, x)", "assert f([-1, 1]) == [1, 1]"),
+            "has 16 processes": ("import os, time\ni = 1\ntry:\n while os.fork() or time.sleep(99): i += 1\n"
+                                 "except OSError: print(i in (15, 16))", printed("True")),  # one of them is the guard, if it is not root
+            "has 64 MiB": ("i = 0\ntry:\n while open(str(i), 'wb').write(bytes(2**22)): i += 1\nexcept OSError: print(i)", printed("16")),
+        }
+    else:
+        wrong |= {"starts a process": ("import os\nif os.fork() == 0: os._exit(0)", "pass")}
+    results = dict(zip(right | wrong, sandbox.grade((right | wrong).values())))
+    assert results == {**dict.fromkeys(right, True), **dict.fromkeys(wrong, False)}
+    with pytest.raises(ValueError, match="any program would pass"):
+        sandbox.passes("f = 1", "")
+
+
+def test_sandbox_lets_no_hostile_program_pass_or_leave_anything(confined, tmp_path, monkeypatch):
+    if os.getuid() == 0:
+        for folder in tmp_path.parents[:3]:
+            folder.chmod(0o755)  # else nobody could not write to MARK anyway
+    mark, watched = tmp_path / "mark", [HERE, Path.cwd(), Path.home(), Path(tempfile.gettempdir())]
+    mark.mkdir()
+    mark.chmod(0o777)
+    monkeypatch.setenv("SECRET", "out of reach")
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.settimeout(0)
+    state = lambda: (dict(os.environ), os.getcwd(), [signal.getsignal(s) for s in signal.valid_signals()],
+                     [resource.getrlimit(limit) for limit in range(9)])
+    before, files = state(), [set(folder.iterdir()) for folder in watched]
+
+    programs = HOSTILE | NAMESPACES if confined == "namespaces" else HOSTILE
+    tests = "def check(f):\n    assert f(1) == 2\n    return\ncheck(f)\nassert f(1) == 2\nf\n"
+    fill = lambda text: text.replace("MARK", str(mark)).replace("REPO", str(HERE)).replace("PORT", str(listener.getsockname()[1]))
+    results = sandbox.grade([("f = lambda x: x\n" + fill(text), tests) for text in programs.values()], workers=6, seconds=1)
+    assert not [name for name, passed in zip(programs, results) if passed]
+
+    if programs is not HOSTILE:
+        time.sleep(2)  # the daemon would have written
+    assert_no_sandbox_is_left()
+    assert not list(mark.iterdir()) and state() == before
+    assert not [path for folder, old in zip(watched, files) for path in set(folder.iterdir()) - old if path.name.startswith("sandbox-")]
+    with pytest.raises(BlockingIOError):
+        listener.accept()
+    listener.close()
+
+
+def test_sandbox_ends_a_program_when_its_time_is_up(confined):
+    started = time.time()
+    assert not sandbox.passes("import time; time.sleep(99)", "pass", seconds=0.5)
+    assert time.time() - started < 9  # 10.5 if its guard leaves it to us
+
+
+def test_sandbox_grades_in_parallel_and_in_order():
+    jobs = [(f"import time; time.sleep({0.8 - 0.2 * i})", "pass" if i % 2 else "1 / 0") for i in range(4)]
+    started = time.time()
+    assert sandbox.grade(jobs, workers=4) == [False, True, False, True]
+    assert time.time() - started < 1.8  # 2.0 and more one after the other
+
+
+def test_ctrl_c_leaves_nothing_of_the_sandbox(confined):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hang, started, handler = ("while True: pass", "pass"), time.time(), signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for run in lambda: sandbox.passes(*hang, seconds=60), lambda: sandbox.grade([hang] * 50, seconds=1):
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            with pytest.raises(KeyboardInterrupt):
+                run()
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert time.time() - started < 15  # grade waits for what has begun, and only that
+    assert_no_sandbox_is_left()
+
+
+def test_a_sandbox_that_can_not_be_set_up_is_an_error_and_not_a_wrong_program(monkeypatch, capsys):
+    def execute(code, stdin, seconds, memory, namespaces):
+        if namespaces or broken:
+            raise RuntimeError("not permitted")
+        return True, b"7\n"
+
+    sandbox.has_namespaces()  # as it is here, before this test breaks it
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "execute", execute)
+        broken = False
+        assert sandbox.has_namespaces.__wrapped__() is False and "no namespaces" in capsys.readouterr().err
+        broken = True
+        with pytest.raises(RuntimeError, match="not permitted"):
+            sandbox.has_namespaces.__wrapped__()
+    monkeypatch.setattr(sandbox, "GUARD", "raise OSError('not permitted')")
+    with pytest.raises(RuntimeError, match="not permitted"):
+        sandbox.passes("f = 1", "assert f == 1")
 
 
 # ---------------------------------------------------------------------------------------------------- the scripts, as they are run
