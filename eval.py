@@ -43,6 +43,7 @@ from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
 
+import sandbox
 from em_inf import AdaptiveTemperature, EMInf
 from entropy import entropy_and_logprob, token_entropy
 from scores import auroc, by_problem, compare, reliability_plot, summary, table
@@ -167,8 +168,20 @@ def is_correct(response, problem):
 
 
 def grade(problems, responses, allow_code=False):
-    """Is each response (text) right for its problem? Programs are run with the problem's tests, and only with allow_code."""
-    return [is_correct(response, problem) for response, problem in zip(responses, problems)]
+    """Is each response (text) right for its problem? Where a problem has tests, the response's program is run with them, after the problem's
+    setup and the programs of the problems that it comes after, if any; only with allow_code, else ValueError."""
+    code = [i for i, problem in enumerate(problems) if "tests" in problem]
+    if code and not allow_code:
+        raise ValueError("its answers are programs, and grading runs them: --allow-code-execution (see sandbox.py for what that means)")
+    right = [False if "tests" in problem else is_correct(response, problem) for response, problem in zip(responses, problems)]
+    programs, jobs = {}, []
+    for i in code:
+        programs[problems[i]["id"]] = own = sandbox.extract_program(responses[i])
+        pieces = [problems[i].get("setup", ""), *(programs.get(before) or "" for before in problems[i].get("after", ())), own]
+        jobs.append((own and "\n".join(pieces), problems[i]["tests"]))
+    for i, passed in zip(code, sandbox.grade(jobs, desc="grade") if code else []):
+        right[i] = passed
+    return right
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -389,7 +402,7 @@ def decode(model, tokenizer, problems, decoder, max_new_tokens, budget=2**18, de
 
 def evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed=0, budget=2**18, desc=None, temperature=1.0, sharpen=SHARPEN,
              allow_code=False):
-    """One graded answer per problem: a list of dicts with id, decoder, seed, response (text), correct, answered (it has a box, or it is a
+    """One graded answer per problem: a list of dicts with id, decoder, seed, response (text), correct, answered (it has a box, or a
     program), truncated, length (tokens), entropy and logprob (means over the response's tokens, nats, of the model's own distribution at
     T = 1), flops (2 P n, with n all tokens that the decoder spent), seconds (an equal share) and the problem's answer. `head` comes from
     `output_head`; decoder, temperature and sharpen go to `decode`, allow_code to `grade`.
@@ -405,7 +418,7 @@ def evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed=0, 
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     rows = zip(problems, responses, texts, grade(problems, texts, allow_code), spent, entropy, logprobs)
     return [{"id": problem["id"], "decoder": decoder, "seed": seed, "response": text, "correct": correct,
-             "answered": "tests" in problem or last_box(text) is not None, "truncated": ids[-1] not in stop, "length": len(ids),
+             "answered": (sandbox.extract_program if "tests" in problem else last_box)(text) is not None, "truncated": ids[-1] not in stop, "length": len(ids),
              "entropy": H / len(ids), "logprob": l / len(ids), "flops": 2 * P * n, "seconds": seconds, "answer": problem.get("answer")}
             for problem, ids, text, correct, n, H, l in rows]
 
@@ -490,9 +503,10 @@ def main(argv=None):
             return print(compare(*map(read_samples, args.compare)))
         if args.regrade:
             results = read_samples(args.regrade)
-            for samples in results.values():
-                texts = [sample["response"] for sample in samples]
-                for sample, right in zip(samples, grade(samples, texts, args.allow_code_execution)):
+            for samples in results.values():  # they hold the answers; tests can be large, and stay where they are
+                known = {p["id"]: p for p in load_problems(samples[0]["data"])} if samples[0]["answer"] is None else {}
+                graded = grade([known.get(s["id"], s) for s in samples], [s["response"] for s in samples], args.allow_code_execution)
+                for sample, right in zip(samples, graded):
                     sample["correct"] = right
             return print(table(results))
         if args.resume:
@@ -510,7 +524,8 @@ def main(argv=None):
             if missing := sum("answer" not in p and "tests" not in p for p in problems[data]):
                 raise ValueError(f"--data {data}: {missing} of its problems have no answer and no tests to grade against")
             if any("tests" in p for p in problems[data]) and not args.allow_code_execution:
-                raise ValueError(f"--data {data}: its answers are programs, and grading runs them; --allow-code-execution does (see sandbox.py)")
+                raise ValueError(f"--data {data}: its answers are programs, and grading runs them: --allow-code-execution (see sandbox.py for what "
+                                 "that means)")
         cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = args.device or (cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
         if world > 1:

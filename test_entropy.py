@@ -693,6 +693,19 @@ def test_an_interrupted_evaluation_goes_on_and_samples_alone_give_the_scores_aga
     assert capsys.readouterr().out.count("| +0.0% | +0.0% to +0.0% |") == 2
 
 
+def test_programs_are_graded_with_their_setup_and_the_programs_that_they_come_after():
+    program = lambda code: f"Sure:\n```python\n{code}\n```"
+    problems = [{"id": "f", "tests": "assert f(2) == 4"}, {"id": "io", "tests": [{"input": "2", "output": "4"}], "setup": "import sys"},
+                {"id": "s1", "tests": "assert a() == 1"}, {"id": "s2", "tests": "assert b() == 2", "after": ["s1"]}, {"id": "m", "answer": "2"}]
+    responses = [program("def f(x): return 2 * x"), program("print(2 * int(sys.stdin.read()))"), program("def a(): return 1"),
+                 program("def b(): return 1 + a()"), r"\boxed{2}"]
+    assert ev.grade(problems, responses, allow_code=True) == [True] * 5
+    assert ev.grade(problems, responses[1:] + responses[:1], allow_code=True) == [False] * 5
+    assert ev.grade(problems, ["none"] * 5, allow_code=True) == [False] * 5
+    with pytest.raises(ValueError, match="--allow-code-execution"):
+        ev.grade(problems, responses)
+
+
 def test_evaluations_say_in_one_line_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code.jsonl").write_text('{"prompt": "a", "tests": "assert f() == 1"}\n')
