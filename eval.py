@@ -16,14 +16,10 @@ closes, is no answer: an earlier box does not count.
 """
 import argparse
 import functools
-import json
 import math
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
 from math_verify import parse, verify
@@ -31,102 +27,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from entropy import entropy_and_logprob, token_entropy
+from problems import HUB, hub_says, last_box, load_problems, reach_hub
 
 HERE = Path(__file__).parent
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # the paper asks for this
-HUB = {  # name: (Hub id, configuration, split); a Hub id given in full is loaded with its only configuration and --split train
-    "numina": ("AI-MO/NuminaMath-CoT", None, "train"),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "gsm8k": ("openai/gsm8k", "main", "test"),
-    "amc": ("AI-MO/aimo-validation-amc", None, "train"),
-    "aime": ("AI-MO/aimo-validation-aime", None, "train"),
-}
-PROMPT_FIELDS = "prompt", "problem", "question"  # the first one that a row has
-
-
-# ---------------------------------------------------------------------------------------------------------- problems
-
-
-@functools.cache
-def reach_hub():
-    """Is the Hub there? If not, its libraries are told to look in their cache only, instead of retrying for a minute."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # it answers, if only to say no
-    except OSError:  # no name, no route, no answer
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        return False
-    return True
-
-
-def hub_says(reached):
-    return "the Hub has no such public" if reached else "the Hub can't be reached (no network?) and its cache holds no such"
-
-
-def load_problems(name_or_path):
-    """Problems of a JSONL file or a Hub data set: a list of {"id", "prompt", "answer", ...}.
-
-    A file has one JSON object a line, with a string "prompt"; "answer" and "solution" where there are any. Of a Hub data set
-    (a key of HUB, or a full id) the prompt is the first of PROMPT_FIELDS. Where rows have a solution and no answer, the
-    answer is the solution's last box, or what follows GSM8K's "####"; a row without either has no "answer" key.
-
-    Raises FileNotFoundError (no such file or data set, no network) or ValueError (a malformed row, with its line number).
-    """
-    name = str(name_or_path)
-    if Path(name).is_file():
-        rows = []
-        for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append((f"{name}, line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}, line {number}: not a JSON object ({error.msg}): {line[:60]!r}") from error
-    elif name.endswith((".jsonl", ".json")) or Path(name).exists():
-        raise FileNotFoundError(f"{name}: no such file; give a JSONL file, one of {', '.join(HUB)}, or a data set's id on the Hub")
-    else:
-        reached = reach_hub()
-        import datasets  # here, so that files need no datasets
-
-        path, configuration, split = HUB.get(name, (name, None, "train"))
-        try:
-            dataset = datasets.load_dataset(path, configuration, split=split)
-        except (OSError, ValueError) as error:  # also what huggingface_hub raises for a bad id, a missing one and no network
-            raise FileNotFoundError(f"{name}: no file here, and {hub_says(reached)} data set; known names: {', '.join(HUB)}") from error
-        rows = [(f"{name}, row {i}", row) for i, row in enumerate(dataset)]
-    problems = []
-    for where, row in rows:
-        field = next((f for f in PROMPT_FIELDS if isinstance(row, dict) and isinstance(row.get(f), str)), None)
-        if field is None:
-            raise ValueError(f"{where}: no \"prompt\" string in it; it has {sorted(row) if isinstance(row, dict) else row!r}")
-        problem = {"id": f"{name}/{len(problems)}", **row, "prompt": row[field]}
-        if "answer" not in row and isinstance(row.get("solution"), str):
-            problem["answer"] = last_box(row["solution"])
-        if isinstance(problem.get("answer"), str) and "####" in problem["answer"]:
-            problem["answer"] = problem["answer"].split("####")[-1].strip()
-        if problem.get("answer") is None:
-            problem.pop("answer", None)
-        problems.append(problem)
-    if not problems:
-        raise ValueError(f"{name}: no problems in it")
-    return problems
 
 
 # ------------------------------------------------------------------------------------------------------------ grading
-
-
-def last_box(text):
-    """What the last \\boxed{...} of a text holds; None if there is none, or if the last one never closes."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for i in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start + len("\\boxed{") : i]
-    return None
 
 
 @functools.lru_cache(maxsize=100_000)

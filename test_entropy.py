@@ -4,14 +4,19 @@ Every test. Each name says the bug that it guards against; each formula is compa
     pytest                       # a laptop's CPU, no network
     pytest -k "head or padded"   # some of it
 """
+import base64
 import csv
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+import types
+import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's libraries are imported: no test waits for a network
@@ -25,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import em_ft
 import em_rl
 import eval as ev  # the name of a Python built-in
+import problems
 import run
 from entropy import _EntropyAndLogprob, entropy_and_logprob, token_entropy
 
@@ -339,29 +345,161 @@ def test_a_turn_ends_with_the_templates_token_too(tiny):
 
 @pytest.mark.parametrize("text, box", [
     (r"so \boxed{4}.", "4"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} no, \boxed{2}", "2"), (r"\boxed{3} or \boxed{4", None),
-    ("4", None), ("", None), (r"\boxed{}", ""), (r"\boxed{\text{a {b} c}} d", r"\text{a {b} c}"), (r"\boxed 4", None),
+    ("4", None), ("", None), (r"\boxed{}", ""), (r"\boxed{\text{a {b} c}} d", r"\text{a {b} c}"), (r"\boxed 4", None), (r"\boxed {4}", "4"),
+    (r"\fbox{4}", "4"), (r"\boxed{3}, \fbox{4", None), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\left\{1\right.} }", r"\left\{1\right."),
+    (r"\boxed{\boxed{5}}", "5"), (r"\boxed{5}}}", "5"), ("\\boxed{\n5\n}", "\n5\n"), (r"\boxed{5\\}", r"5\\"), (r"\boxed", None),
+    (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("\\boxed{" * 10_000, None),
 ])
 def test_last_box(text, box):
     assert ev.last_box(text) == box
 
 
 @pytest.mark.parametrize("response, answer, right", [
-    (r"\boxed{016}", "16", True), (r"\boxed{16}", "016", True), (r"\boxed{0.5}", r"\frac{1}{2}", True), (r"\boxed{4", "4", False),
-    (r"\boxed{4} and then \boxed{5", "4", False), (r"\boxed{5} and \boxed{4}", "4", True), (r"\boxed{4} and \boxed{5}", "4", False), ("4", "4", False),
-    (r"\boxed{10{,}000}", "10000", True), (r"\boxed{(3, \frac{\pi}{2})}", r"\left( 3, \frac{\pi}{2} \right)", True), (r"\boxed{}", "0", False),
-    (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True), (r"\boxed{\text{Carla}}", r"\text{Evelyn}", False), (r"\boxed{50\%}", "50", True),
-    (r"\boxed{x = 7}", "7", True), (r"\boxed{6}", "16", False),
+    (r"\boxed{016}", "16", True), (r"\boxed{16}", 16, True), (r"\boxed{4", "4", False), (r"\boxed{4} and then \boxed{5", "4", False),
+    ("4", "4", False), (r"\boxed{5} and \boxed{4}", "4", True), (r"\boxed{4} and \boxed{5}", "4", False),
+    (r"so \fbox{\frac12}", "0.5", True), (r"\boxed {4}", "4", True), (r"\boxed{}", "", False),
 ])
-def test_is_correct(response, answer, right):
+def test_only_the_last_box_is_correct_or_not(response, answer, right):
     assert ev.is_correct(response, {"answer": answer}) is right
 
 
 def test_problems_of_a_file_keep_their_fields_and_a_solution_gives_its_last_box(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a", "answer": 7, "level": 3}\n\n{"problem": "b", "solution": "so \\\\boxed{2}, no \\\\boxed{3}"}\n{"question": "c", "answer": "x\\n#### 18"}\n{"prompt": "d"}\n')
+    path.write_text('{"prompt": "a", "answer": 7, "level": 3}\n\n{"problem": "b", "solution": "so \\\\boxed{2}, no \\\\boxed{3}"}\n'
+                    '{"question": "c", "answer": "x\\n#### 18"}\n{"prompt": "d"}\n')
     a, b, c, d = ev.load_problems(path)
     assert (a["answer"], a["level"], b["prompt"], b["answer"], c["answer"]) == (7, 3, "b", "3", "18") and "answer" not in d
     assert len({x["id"] for x in (a, b, c, d)}) == 4 and ev.is_correct(r"\boxed{7}", a)
+
+
+def packed(tests, pack=json.dumps):
+    return base64.b64encode(zlib.compress(pickle.dumps(pack(tests)))).decode()
+
+
+STDIN = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}, {"input": "5 5\n", "output": "10\n", "testtype": "stdin"}]
+CALLS = [{"input": "[1, 2]\nnull", "output": "3", "testtype": "functional"}, {"input": "[]\ntrue", "output": "0", "testtype": "functional"}]
+LCB = dict(question_title="t", question_content="Sum them.", platform="atcoder", contest_id="c", contest_date="2023-06-01",
+           difficulty="easy", metadata="{}")
+STEP = dict(step_background="Background: adding.", ground_truth_code=None, return_line="    return total")
+ROWS = {  # name: (what load_dataset is asked for, rows as the data set has them, with invented contents, the problems they become)
+    "numina": (("AI-MO/NuminaMath-CoT", None, "train"), [
+        dict(source="orca_math", problem="1+1?", solution="It is \\boxed{2}.", messages=[{"content": "1+1?", "role": "user"}])],
+        [dict(id="numina/0", prompt="1+1?", solution="It is \\boxed{2}.", answer="2")]),
+    "math500": (("HuggingFaceH4/MATH-500", None, "test"), [
+        dict(problem="1+1?", solution="It is \\boxed{2}.", answer="2", subject="Algebra", level=1, unique_id="test/algebra/1.json")],
+        [dict(id="math500/0", prompt="1+1?", answer="2", level=1)]),
+    "gsm8k": (("openai/gsm8k", "main", "test"), [dict(question="One and 1,233?", answer="It is <<1+1233=1234>>1,234\n#### 1,234")],
+        [dict(id="gsm8k/0", prompt="One and 1,233?", answer="1,234")]),
+    "amc": (("AI-MO/aimo-validation-amc", None, "train"), [
+        dict(id=0, problem="1+1?", answer=142.0, url="u"), dict(id=1, problem="2?", answer=2.5, url="u")],
+        [dict(prompt="1+1?", answer="142"), dict(prompt="2?", answer="2.5")]),
+    "aime": (("AI-MO/aimo-validation-aime", None, "train"), [dict(id=3, problem="1+1?", solution="\\boxed{002}", answer="2", url="u")],
+        [dict(prompt="1+1?", answer="2")]),
+    "minerva": (("math-ai/minervamath", None, "test"), [dict(question="How bright is it?", answer="4.5e33")],
+        [dict(id="minerva/0", prompt="How bright is it?", answer="4.5e33")]),
+    "olympiad": (("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"), [
+        dict(id=1606, question="How many?", solution=["Two."], final_answer=["2"], context=None, image_1=None, is_multiple_answer=False,
+             unit=None, answer_type="Numerical", error=None),
+        dict(id=1607, question="Which?", solution=["These."], final_answer=["$(1,2)$, $(3, 4)$", "$\\frac{1}{2}$"], context="Let $x$ be.",
+             image_1=None, is_multiple_answer=True, unit=None, answer_type="Tuple,Numerical", error=None)],
+        [dict(id="olympiad/1606", prompt="How many?", answer="2"),
+         dict(id="olympiad/1607", prompt="Let $x$ be.\n\nWhich?", answer="(1,2), (3, 4), \\frac{1}{2}")]),
+    "ugphysics": (("UGPhysics/ugphysics", "SemiconductorPhysics", "en+zh"), [
+        dict(index=1, domain="Modern Physics", subject="Semiconductor Physics", topic="Others", problem="How hot?", solution="So.",
+             answers="\\[\n\\boxed{4.88 \\times 10^{23}}\n\\]", answer_type="NV", unit="\\text{K}", is_multiple_answer=False, language="EN",
+             level="Knowledge Recall")],
+        [dict(id="ugphysics/0", prompt="How hot?", answer="4.88 \\times 10^{23}", unit="\\text{K}", language="EN")]),
+    "mmlu-stem": (("cais/mmlu", "all", "test"), [
+        dict(question="Who?", subject="world_religions", choices=["a", "b", "c", "d"], answer=0),
+        dict(question="What?", subject="college_physics", choices=["red", "green", "blue", "none"], answer=2)],
+        [dict(answer="C", prompt="What?\n\nA) red\nB) green\nC) blue\nD) none\n\nAnswer with the letter of the right option.")]),
+    "humaneval": (("openai/openai_humaneval", None, "test"), [
+        dict(task_id="HumanEval/900", canonical_solution="    return sum(xs)\n", entry_point="add",
+             prompt="from typing import List\n\n\ndef helper(x):\n    return x\n\n\ndef add(xs: List[int]) -> int:\n    \"\"\"Sum.\"\"\"\n",
+             test="def check(candidate):\n    assert candidate([1, 2]) == helper(3)\n")],
+        [dict(id="HumanEval/900", entry_point="add", right="def add(xs):\n    return sum(xs)", wrong="def add(xs):\n    return 0",
+              asks="Complete this function:\n```python\nfrom typing")]),
+    "mbpp": (("google-research-datasets/mbpp", "sanitized", "test"), [
+        dict(source_file="f", task_id=7, prompt="Write a function to double.", code="def twice(x): return 2 * x",
+             test_imports=["import math"], test_list=["assert twice(2) == 4", "assert twice(math.pi) > 6"])],
+        [dict(id="mbpp/7", right="def twice(x): return 2 * x", wrong="def twice(x): return x", asks="assert twice(2) == 4\nassert")]),
+    "leetcode": (("TechxGenus/LeetCode-Contest", None, "train"), [
+        dict(task_id="weekly-contest-1-x", url="u", title="x", meta={"difficulty": "Easy"}, prompt="\"\"\"Sum.\"\"\"\nclass Solution:\n",
+             prompt_sft="Sum.\n\nPlease complete:\n```python\nclass Solution:\n    def total(self, xs: List[int]):\n        \n```",
+             start_time=1,
+             test="\nmy_solution = Solution()\n\ntest_input = { \"xs\": [1, 2] }\nassert my_solution.total(**test_input) == 3\n")],
+        [dict(id="leetcode/weekly-contest-1-x", asks="Please complete", wrong="class Solution:\n    def total(self, xs): return 2",
+              right="class Solution:\n    def total(self, xs: List[int]): return pow(sum(Counter(xs)), 1, 7)")]),  # not math's pow
+    "livecodebench": (("lighteval/code_generation_lite", "release_v2", "test"), [
+        LCB | dict(question_id="abc1", starter_code="", public_test_cases=json.dumps(STDIN[:1]), private_test_cases=packed(STDIN[1:])),
+        LCB | dict(question_id="lc2", starter_code="class Solution:\n    def total(self, xs: List[int], y):\n        ",
+                   public_test_cases=json.dumps(CALLS[:1]), private_test_cases=json.dumps(CALLS[1:]), metadata='{"func_name": "total"}')],
+        [dict(id="livecodebench/abc1", tests=[{"input": "1 2\n", "output": "3\n"}, {"input": "5 5\n", "output": "10\n"}], asks="stdin"),
+         dict(id="livecodebench/lc2", asks="```python\nclass Solution:\n    def total(self, xs: List[int], y):\n```",
+              right="class Solution:\n    def total(self, xs: List[int], y): return sum(xs)",
+              wrong="class Solution:\n    def total(self, xs, y): return 3")]),
+    "scicode": (("SciCode1/SciCode", None, "test"), [
+        dict(problem_name="sum", problem_id="90", problem_description_main="Sum all.", problem_background_main="", problem_io="",
+             required_dependencies="import math", general_solution=None, general_tests=[], sub_steps=[
+                 STEP | dict(step_number="90.1", step_description_prompt="Add two.", function_header="def add(a, b):\n    # Adds",
+                             test_cases=["assert add(1, 2) == target"]),
+                 STEP | dict(step_number="90.2", step_description_prompt="Add many.", function_header="def total(xs):\n    # Adds all",
+                             test_cases=["assert total([1]) == target", "x = [1, 2]\nassert total(x) == target"])])],
+        [dict(id="scicode/90.1", after=[], setup="import math", targets=[3],
+              right="def add(a, b): return a + b", wrong="def add(a, b): return a",
+              asks="Background: adding.\n\nComplete this function:\n```python\ndef add(a, b):\n    # Adds\n    return total\n```"),
+         dict(id="scicode/90.2", after=["scicode/90.1"], targets=[1, 3], right="total = sum", wrong="total = len",
+              asks="already:\n```python\ndef add(a, b):\n    # Adds\n```\n\nThe next step: Add many.")]),
+    "eurus-code": (("PRIME-RL/Eurus-2-RL-Data", None, "train"), [
+        dict(data_source="numina_olympiads", ability="math", prompt=[dict(role="user", content="1+1?")], reward_model={}),
+        dict(data_source="taco", ability="code", prompt=[dict(role="system", content="You are."), dict(role="user", content="Echo.")],
+             reward_model=dict(style="rule", ground_truth='{"inputs": ["1\\n"], "outputs": ["1\\n"]}')),
+        dict(data_source="apps", ability="code", prompt=[dict(role="system", content="You are."), dict(role="user", content="Call.")],
+             reward_model=dict(style="rule", ground_truth='{"fn_name": "f", "inputs": [[1]], "outputs": [[1]]}'))],
+        [dict(id="eurus-code/0", prompt="Echo.", tests=[{"input": "1\n", "output": "1\n"}]), dict(prompt="Call.", tests=None)]),
+}
+
+
+@pytest.mark.parametrize("name", problems.HUB)
+def test_rows_of_each_benchmark_become_problems(name, monkeypatch):
+    (wanted, rows, expected), asked, targets = ROWS[name], [], []
+    monkeypatch.setattr("datasets.load_dataset", lambda path, configuration, split: asked.append((path, configuration, split)) or rows)
+    parse = types.SimpleNamespace(process_hdf5_to_tuple=lambda step, count: targets[:count])
+    monkeypatch.setitem(sys.modules, "scicode.parse.parse", parse)
+    loaded = ev.load_problems(name)
+    assert asked == [wanted] and len(loaded) == len(expected)
+    for problem, fields in zip(loaded, expected):
+        assert isinstance(problem["prompt"], str) and ("answer" in problem) != ("tests" in problem or fields.get("tests", ...) is None)
+        targets[:] = fields.pop("targets", [])
+        solutions = {fields.pop(key, None): key for key in ("right", "wrong")}
+        assert fields.pop("asks", "") in problem["prompt"]
+        assert {key: problem.get(key) for key in fields} == fields
+        for code, verdict in solutions.items():
+            with nullcontext() if verdict == "right" or code is None else pytest.raises(AssertionError):
+                exec("\n".join((problem.get("setup", ""), code, problem["tests"])) if code else "", {"__name__": "sandbox"})
+
+
+def test_what_benchmarks_lack_is_said(monkeypatch, capsys):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **settings: [{"question": "1+1?", "final_answer": ["2"]}])
+    with pytest.raises(FileNotFoundError, match="indval.*World Values Survey.*prompt"):
+        ev.load_problems("indval")
+    with pytest.raises(ValueError, match="olympiad, row 0.*'id'.*final_answer"):
+        ev.load_problems("olympiad")
+    ev.load_problems("minerva")
+    assert "1 problems, not 272" in capsys.readouterr().err
+    assert ev.load_problems("someone/something")[0]["prompt"] == "1+1?" and not capsys.readouterr().err
+
+
+def test_a_pickle_is_read_and_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    assert problems.private_tests(packed(STDIN)) == STDIN == problems.private_tests(json.dumps(STDIN))
+    assert problems.private_tests(base64.b64encode(zlib.compress(pickle.dumps(json.dumps(STDIN), protocol=0))).decode()) == STDIN
+    with pytest.raises(ValueError, match="one pickled string"):
+        problems.private_tests(packed(STDIN, lambda tests: Evil()))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_wilson_interval_and_auroc_against_brute_force():
