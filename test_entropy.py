@@ -16,7 +16,9 @@ import sys
 import time
 import types
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's libraries are imported: no test waits for a network
@@ -354,6 +356,114 @@ def test_last_box(text, box):
     assert ev.last_box(text) == box
 
 
+ANSWERS = {  # kind: (pairs that mean the same, pairs that do not)
+    "fractions": ([(r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"\tfrac12", "0.5"), ("1/2", r"\frac{1}{2}"), (r"-\frac{3}{4}", r"\frac{-3}{4}"),
+        (r"\frac{3}{-4}", r"-\frac34"), (r"\frac{6}{8}", r"\frac34"), (r"\frac{\pi}{4}", r"\pi/4"), (r"\frac{1}{2}x", r"\frac{x}{2}"),
+        (r"\cfrac{3}{5}", "0.6"), ("12/4", "3")], [
+        (r"\frac12", "1/3"), ("3/4", "-3/4")]),
+    "mixed numbers": ([(r"1\frac{1}{2}", r"\frac32"), (r"2 \frac{3}{4}", "2.75"), ("1 1/2", "3/2"), (r"-1\frac{1}{2}", "-1.5")], [
+        (r"1\frac12", "0.5"), (r"1\frac{1}{2}", "11/2")]),
+    "percent": ([(r"50\%", "50"), (r"50\%", "0.5"), ("12.5%", r"12.5\%"), (r"50 \text{ percent}", r"50\%"), (r"150\%", "1.5")], [
+        (r"5\%", "50")]),
+    "units": ([(r"5\text{ cm}", "5"), (r"5\,\mathrm{cm}", "5"), (r"12 \text{ square units}", "12"), (r"5 \text{ cm}^2", "5"), ("5 cm", "5"),
+        ("5 m", "5"), ("10 hours", "10"), (r"3\text{ m/s}", "3"), (r"12\mbox{ inches}^2", "12"), (r"9.8\,\text{m}\,\text{s}^{-2}", "9.8"),
+        (r"3 \mathrm{~cm}", "3"), (r"2\sqrt{3}\text{ cm}", r"2\sqrt3")], [
+        ("5 cm", "6 cm"), (r"20\text{ minutes}", r"25\text{ minutes}")]),
+    "currency": ([(r"\$10", "10"), (r"\$1{,}234.50", "1234.5"), ("$5", "5"), (r"10\text{ dollars}", r"\$10"), ("€7", "7"),
+        (r"\$18.90", "18.9")], [
+        (r"\$0.75", r"\$7.50")]),
+    "thousands": ([("10,000", "10000"), (r"10{,}000", "10000"), (r"10\,000", "10000"), (r"10,\!000", "10000"), ("10 000", "10000"),
+        (r"1{,}000{,}000", "1000000"), ("1,234.5", "1234.5"), ("-1,000", "-1000"), ("1,000,000", "10^6")], [
+        ("10,000", "10"), ("1,2", "12"), ("3,4,5", "345"), ("12,5", "125"), ("1.000", "1000")]),
+    "intervals": ([("[1,2]", r"\left[1,2\right]"), (r"(-\infty, 1) \cup (2, \infty)", r"(2,\infty)\cup(-\infty,1)"),
+        (r"x \in [-2,7]", "[-2,7]"), (r"-2 \le x \le 7", "[-2,7]"), ("x > 3", r"(3,\infty)"), ("3 < x", "x > 3"),
+        (r"\left( -\infty, \frac{1}{2} \right]", r"(-\infty, 0.5]"), (r"\mathbb{R}", r"(-\infty,\infty)"),
+        (r"x \neq 2", r"(-\infty,2)\cup(2,\infty)"), (r"\infty", r"+\infty")], [
+        ("(1,2)", "(1,2]"), ("[-2,7)", "[-2,7]"), (r"x \ge 3", "x > 3"), (r"[0,1] \cup [2,3]", "[0,3]"), (r"-\infty", r"\infty"),
+        (r"\infty", "1000")]),
+    "sets": ([(r"\{1,2,3\}", r"\{3,1,2\}"), ("1,2,3", "3,2,1"), ("1, 2", r"\{1, 2\}"), (r"1 \text{ and } 2", "1,2"), ("x=1, x=2", "1,2"),
+        (r"x = 1 \text{ or } x = 2", "1,2"), (r"\{\frac12, 3\}", r"\{3, 0.5\}"), (r"-1,\sqrt{2}", r"\sqrt2,-1"),
+        ("1, 2, 3", r"1,2,\text{ and }3"), ("a=1,b=2", "b=2,a=1"), (r"x\in\{1,2\}", "1,2"), ("(1,2),(3,4)", "(3,4),(1,2)")], [
+        (r"\{1,2\}", r"\{1,2,3\}"), ("1,2", "1,3"), ("1", "1,2"), ("a=1,b=2", "a=2,b=1")]),
+    "tuples": ([("(1,2)", r"\left(1, 2\right)"), (r"(\frac12, 2)", "(0.5, 2)"), ("(x,y)=(1,2)", "(1,2)"), (r"\langle 1,2 \rangle", "(1,2)"),
+        ("x=2,y=3", "(2,3)")], [
+        ("(1,2)", "(2,1)"), ("(1,2,3)", "(1,3,2)"), ("(1,-2)", "(1,2)"), ("(2,1,2)", "(1,2,2)"), ("(1,2,3)", "(1,2)"),
+        ("(1,2),(3,4)", "(2,1),(4,3)")]),
+    "matrices": ([(r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),
+        (r"\begin{pmatrix}\frac12\\0\end{pmatrix}", r"\begin{pmatrix}0.5\\0\end{pmatrix}"),
+        (r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}")], [
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}")]),
+    "integers": ([("016", "16"), ("16.0", "16"), ("+5", "5"), ("-0", "0"), ("104.", "104"), (r"\textbf{033}", "33"),
+        (r"\textbf{(023) }", "23"), ("5!", "120"), ("{5}", "5")], [
+        ("0160", "16"), ("16", "61"), ("6", "16"), ("-13.6", "13.6")]),
+    "scientific notation": ([(r"1.5 \times 10^{3}", "1500"), (r"1.5\cdot 10^3", "1500"), ("1.5e3", "1500"),
+        ("4.5e33", r"4.5\times 10^{33}"), (r"2.5 \times 10^{-3}", "0.0025"), ("1e-3", r"10^{-3}"), ("6.02E23", r"6.02\times 10^{23}"),
+        (r"5.7 * 10^{25}", "5.7e25"), (r"1.6\times10^{-19}", "1.60e-19"), ("3 x 10^8", "300000000"),
+        (r"5.6 \times 10^{-4} \text{ m}", "0.00056"), ("0.00034", "3.4e-4"), ("-7.5e5", "-750000"), ("2e", "e+e"),
+        (r"10^{20}", "1" + "0" * 20)], [
+        ("4.5e33", r"4.5 \times 10^{32}"), ("6.02E23", "6.03e23"), (r"1.6\times10^{-19}", r"9.1\times10^{-31}"),
+        (r"1.6\times10^{-19}", "0"), ("4.0e-7", "5.0e-7"), ("0.0000001", "0.0000002"), ("3.3e-5", "3.4e-5"), ("5e3", "5e")]),
+    "texts": ([(r"\text{Evelyn}", "Evelyn"), (r"\text{evelyn}", "Evelyn"), (r"\text{Yes}", "yes"), (r"\text{ Monday }", "Monday"),
+        (r"\text{the second player}", r"\text{The second player}")], [
+        (r"\text{even}", r"\text{odd}"), ("Yes", "No"), (r"\text{June 20}", r"\text{May 20}"), (r"\text{Carla}", r"\text{Evelyn}")]),
+    "choices": ([("(B)", "B"), (r"\text{B}", "B"), ("B) 12", "B"), (r"\text{(B)}", "B"), ("B.", "B"), (r"\textbf{(B)}", "B"),
+        ("B: 12", "B"), (r"\textbf{(B) }12", "B"), ("B. Mitochondria", "B"), (r"(\text{B})", "B"), (r"\text{(C)}\ 12", "C"),
+        (r"\textbf{(A)}\ 13", "13"), ("(A) 3", "(A)")], [
+        ("B", "C"), ("(B)", "(C)"), (r"\mathrm{B}", "C"), ("A) 12", "B"), ("A) 12", "B) 12"), ("(A) and (B)", "A"), ("Brazil", "B"),
+        ("B+1", "B"), ("AB", "A"), ("C_1", "C"), ("D(2)", "D"), ("B or C", "B"), (r"\text{A, C}", "A")]),
+    "equations": ([("x = 5", "5"), ("y = 2x+1", "2x+1"), ("y=2x+1", "y = 1 + 2x"), ("2x + 1 = y", "y = 2x+1"), ("f(x) = x^2", "x^2"),
+        (r"\angle A = 60^\circ", "60"), ("n = 3k+1", "3k+1"), ("x^2+y^2=1", "y^2+x^2-1=0"), (r"\nu = \frac{2eV}{h}", r"\frac{2eV}{h}"),
+        ("y = -2x + 3", "2x + y = 3")], [
+        ("x=5", "y=5"), ("x=5", "6")]),
+    "plus or minus": ([(r"\pm 2", "2, -2"), (r"1 \pm \sqrt{2}", r"1+\sqrt2, 1-\sqrt2"), (r"x = \pm 2", r"\pm2"), ("±2", r"\pm 2"),
+        (r"\pm 2", r"\{-2,2\}")], [
+        (r"\pm 2", "2"), (r"\pm 2", r"\pm 3")]),
+    "degrees": ([(r"90^\circ", "90"), (r"90^{\circ}", r"90^\circ"), ("90°", "90"), ("90 degrees", "90")], [
+        (r"90^\circ", r"45^\circ")]),
+    "decimals": ([("0.333333", r"\frac13"), ("1.414214", r"\sqrt{2}"), (".5", "0.5"), ("1.50", "1.5"), ("0.3333333333", "1/3"),
+        ("3.141593", r"\pi"), ("113.097336", r"36\pi")], [
+        ("0.33", "1/3"), ("0.1667", "1/6"), ("3.14", r"\pi"), ("1.41", r"\sqrt{2}"), ("0.999", "1"), ("113.1", r"36\pi")]),
+    "roots": ([(r"\sqrt{8}", r"2\sqrt{2}"), (r"\frac{1}{\sqrt2}", r"\frac{\sqrt{2}}{2}"), (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt{6}}"),
+        (r"\sqrt[3]{8}", "2"), ("√12", r"2\sqrt{3}")], [
+        (r"\sqrt{3}", r"\sqrt{2}"), (r"2\sqrt3", r"3\sqrt2")]),
+    "expressions": ([("(x+1)^2", "x^2+2x+1"), ("(2x+3)(x-1)", "2x^2+x-3"), ("p - q", "-(q-p)"), (r"\ln 4", r"2\ln 2"), (r"\log_2 8", "3"),
+        (r"\binom{5}{2}", "10"), ("3+4i", "4i+3"), ("2^{10}", "1024"), ("1010_2", "1010_{2}"), ("2π", r"2\pi"), ("x·y", "xy"),
+        ("x²", "x^2"), (r"\tan^{-1} 2", r"\arctan 2"), (r"v_0 t + \frac{1}{2} a t^2", r"\frac{at^2}{2}+v_0t"),
+        (r"\frac{1}{2 n+2}", r"\frac{1}{2(n+1)}"), (r"\arcsin(1.3 \sin \theta)", r"\arcsin{1.3 \sin{\theta}}")], [
+        ("x^2+1", "x^2-1"), ("a^2+b^2", "(a+b)^2"), ("-x^2", "(-x)^2"), ("|x|", "x"), ("i", "-i"), ("1+2i", "1-2i"), ("1010_2", "1011_2"),
+        ("3:4", "4:3"), (r"36\pi", "36"), (r"\frac{a}{b}", r"\frac{b}{a}"), ("2n", "n"), ("5t", "5"), (r"\frac{g}{2} t", r"\frac{g}{2}")]),
+    "typeset, empty, long": ([("−5", "-5"), ("–5", "-5"), ("2−3i", "2-3i"), ("1" * 3000, "1" * 3000), ("+".join("x" * 50), "50x")], [
+        ("−5", "5"), ("", ""), ("", "0"), (" ", "0"), (r"\text{}", "0"), (r"\,", "0"), ("}{", "1"), ("\\", "1"), ("\0", "1"),
+        (r"\frac{1}{0}", "0"), (r"\frac{1}{0}", r"\frac{2}{0}"), ("1" * 3000, "1" * 2999 + "2"), (str(10**60), str(10**60 + 1)),
+        ("12345678901234567890", "12345678901234567891"), ("{" * 1000, "1"), ("x" * 20_000, "1")]),
+}
+MISJUDGED = [  # (box, answer, truth, why it is left so)
+    (r"5\text{ cm}", r"5\text{ m}", False, "units are dropped, right and wrong ones"), (r"1\text{ pm}", r"1\text{ am}", False, "the same"),
+    ("2x+1=5", "5", False, "an equation's right side counts, since responses write 2 + 3 = 5"), ("x+y=3", "3", False, "the same"),
+    (r"e^{i\pi}", "-1", True, "i alone is read as a real variable"), (r"\sqrt{-4}", "2i", True, "the same"),
+    (r"x \le -1 \text{ or } x \ge 2", r"(-\infty,-1]\cup[2,\infty)", True, "inequalities are not united"),
+    ("½", "0.5", True, "rare beside LaTeX"),
+    (r"\text{all real numbers}", r"\mathbb{R}", True, "no English"), (r"5, \text{ where } x>0", "5", True, "no English"),
+    ("281 K", "281", True, "K is a variable, and a unit in \\text or \\mathrm only"), ("0,5", "0.5", True, "a comma is never the point"),
+    ("c", "C", False, "math-verify's symbols have no case"), (r"\sqrt{\frac{E}{h^2}}", r"\frac{\sqrt{E}}{h}", True, "h may be negative"),
+    (r"0.\overline{3}", "1/3", True, "periods are not read"), (r"E_0 e^{-t}", r"E_0 \exp(-t)", True, "nor is E_0"),
+]
+
+
+@pytest.mark.parametrize("box, answer, same", [
+    pytest.param(*pair, same, id=f"{kind}: {pair[0]:.30} {'is' if same else 'is not'} {pair[1]:.30}")
+    for kind, both in ANSWERS.items() for same, pairs in zip((True, False), both) for pair in pairs
+] + [pytest.param(box, answer, truth, marks=pytest.mark.xfail(reason=why, strict=True)) for box, answer, truth, why in MISJUDGED])
+def test_answers_that_mean_the_same_are_the_same(box, answer, same):
+    assert ev.same_answer(box, answer) is same
+
+
+def test_the_order_of_two_answers_does_not_matter():
+    for box, answer in ANSWERS["intervals"][0] + ANSWERS["sets"][0] + ANSWERS["equations"][0] + [("2x+1=5", "5")]:
+        assert ev.same_answer(answer, box), (answer, box)
+
+
 @pytest.mark.parametrize("response, answer, right", [
     (r"\boxed{016}", "16", True), (r"\boxed{16}", 16, True), (r"\boxed{4", "4", False), (r"\boxed{4} and then \boxed{5", "4", False),
     ("4", "4", False), (r"\boxed{5} and \boxed{4}", "4", True), (r"\boxed{4} and \boxed{5}", "4", False),
@@ -361,6 +471,20 @@ def test_last_box(text, box):
 ])
 def test_only_the_last_box_is_correct_or_not(response, answer, right):
     assert ev.is_correct(response, {"answer": answer}) is right
+
+
+def test_answers_that_sympy_would_never_be_done_with_are_given_up(monkeypatch):
+    monkeypatch.setattr(ev, "parse", partial(ev.parse, parsing_timeout=1))
+    start = time.time()
+    towers = "9^{9^{9^9}}", r"\frac{" * 80 + "1" + "}{2}" * 80  # the last one is nested too deep for the parser
+    assert not any(ev.same_answer(box, "1") for box in towers) and time.time() - start < 12
+    monkeypatch.delattr(ev, "parse")
+    assert not ev.same_answer("x" * 20_000, "1") and not ev.same_answer("{" * 1000, "2") and ev.same_answer("7" * 2000, "7" * 2000)
+
+
+def test_in_a_thread_grading_fails_instead_of_finding_all_answers_wrong():
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="thread"):
+        pool.submit(ev.same_answer, "0.123", r"\frac{123}{1000}").result()
 
 
 def test_problems_of_a_file_keep_their_fields_and_a_solution_gives_its_last_box(tmp_path):
