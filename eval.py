@@ -29,13 +29,11 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
 from math_verify import parse, verify
@@ -46,6 +44,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import sandbox
 from em_inf import AdaptiveTemperature, EMInf
 from entropy import entropy_and_logprob, token_entropy
+from problems import HUB, hub_says, last_box, load_problems, reach_hub
 from scores import auroc, by_problem, compare, reliability_plot, summary, table
 
 HERE = Path(__file__).parent
@@ -53,105 +52,51 @@ SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}
 REFINE = "Check this answer step by step, and give a corrected and complete one, with the final answer within \\boxed{}."
 SHARPEN = {"em-inf": EMInf, "adaptive-temperature": AdaptiveTemperature}  # what may come before sampling
 SCHEMES = {"greedy": 1, "sample": 1, "self-consistency": 4, "refine": 3}  # how an answer is made, and of how many responses
-HUB = {  # name: (Hub id, configuration, split); a Hub id given in full is loaded with its only configuration and --split train
-    "numina": ("AI-MO/NuminaMath-CoT", None, "train"),
-    "math500": ("HuggingFaceH4/MATH-500", None, "test"),
-    "gsm8k": ("openai/gsm8k", "main", "test"),
-    "amc": ("AI-MO/aimo-validation-amc", None, "train"),
-    "aime": ("AI-MO/aimo-validation-aime", None, "train"),
-}
-PROMPT_FIELDS = "prompt", "problem", "question"  # the first one that a row has
-
-
-# ---------------------------------------------------------------------------------------------------------- problems
-
-
-@functools.cache
-def reach_hub():
-    """Is the Hub there? If not, its libraries are told to look in their cache only, instead of retrying for a minute."""
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        pass  # it answers, if only to say no
-    except OSError:  # no name, no route, no answer
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        return False
-    return True
-
-
-def hub_says(reached):
-    return "the Hub has no such public" if reached else "the Hub can't be reached (no network?) and its cache holds no such"
-
-
-def load_problems(name_or_path):
-    """Problems of a JSONL file or a Hub data set: a list of {"id", "prompt", "answer", ...}.
-
-    A file has one JSON object a line, with a string "prompt"; "answer" and "solution" where there are any. Of a Hub data set
-    (a key of HUB, or a full id) the prompt is the first of PROMPT_FIELDS. Where rows have a solution and no answer, the
-    answer is the solution's last box, or what follows GSM8K's "####"; a row without either has no "answer" key.
-
-    Raises FileNotFoundError (no such file or data set, no network) or ValueError (a malformed row, with its line number).
-    """
-    name = str(name_or_path)
-    if Path(name).is_file():
-        rows = []
-        for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append((f"{name}, line {number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}, line {number}: not a JSON object ({error.msg}): {line[:60]!r}") from error
-    elif name.endswith((".jsonl", ".json")) or Path(name).exists():
-        raise FileNotFoundError(f"{name}: no such file; give a JSONL file, one of {', '.join(HUB)}, or a data set's id on the Hub")
-    else:
-        reached = reach_hub()
-        import datasets  # here, so that files need no datasets
-
-        path, configuration, split = HUB.get(name, (name, None, "train"))
-        try:
-            dataset = datasets.load_dataset(path, configuration, split=split)
-        except (OSError, ValueError) as error:  # also what huggingface_hub raises for a bad id, a missing one and no network
-            raise FileNotFoundError(f"{name}: no file here, and {hub_says(reached)} data set; known names: {', '.join(HUB)}") from error
-        rows = [(f"{name}, row {i}", row) for i, row in enumerate(dataset)]
-    problems = []
-    for where, row in rows:
-        field = next((f for f in PROMPT_FIELDS if isinstance(row, dict) and isinstance(row.get(f), str)), None)
-        if field is None:
-            raise ValueError(f"{where}: no \"prompt\" string in it; it has {sorted(row) if isinstance(row, dict) else row!r}")
-        problem = {"id": f"{name}/{len(problems)}", **row, "prompt": row[field]}
-        if "answer" not in row and isinstance(row.get("solution"), str):
-            problem["answer"] = last_box(row["solution"])
-        if isinstance(problem.get("answer"), str) and "####" in problem["answer"]:
-            problem["answer"] = problem["answer"].split("####")[-1].strip()
-        if problem.get("answer") is None:
-            problem.pop("answer", None)
-        problems.append(problem)
-    if not problems:
-        raise ValueError(f"{name}: no problems in it")
-    return problems
+REPAIRS = [  # (pattern, replacement): what stands in answers, and what math-verify reads as the same
+    (r"[\u2212\u2013]", "-"), ("°", r"^\\circ"), ("·", r"\\cdot "), ("²", "^2"), ("³", "^3"), (r"√(\d+)", r"\\sqrt{\1}"),
+    ("[€£¥]", ""), (r"\\langle", "("), (r"\\rangle", ")"), (r"\\(?:text|math)bf\{([^{}]*)\}", r"\1"),
+    (r"(?<=\d)[eE]([+-]?\d+)", r"\\times 10^{\1}"),  # 4.5e33, as Minerva's answers are written, would be 4.5 times Euler's e times 33
+    (r"(?<=\d) ?[x×] ?(?=10\^)", r"\\times "),
+    (r"^\s*(-?\d+) +(\d+)/(\d+)\s*$", r"\1\\frac{\2}{\3}"),  # 1 1/2
+    (r"(?<=\d)(?:\\[,! ]|[ ~])+(?=\d{3}(?!\d))", ""),  # 10\,000
+    (r"\.\s*$", ""),
+    (r"^(?!\s*-?[\d.,]+ )(.*[\d}\s])([cdghlmost])\s*$", r"\1{\2}"),  # a last letter: a variable, 5t, and a unit in 5 m only
+]
+CHOICE = r"(?:\\text|\\mathrm)?[{(\s]*([A-J])[})\s]*(?:[).:}](?!.*\([A-J]\))(.*\S.*))?"  # B, (B), \text{(B)}; and more: B) 12, (B)\ 12
+TINY = r"10\^\{?-(\d+)|(?<![\d.])0?\.(0+)"  # zeros after the point: 10^{-19} or 0.00016
 
 
 # ------------------------------------------------------------------------------------------------------------ grading
 
 
-def last_box(text):
-    """What the last \\boxed{...} of a text holds; None if there is none, or if the last one never closes."""
-    start = text.rfind("\\boxed{")
-    depth = 0
-    for i in range(start + len("\\boxed"), len(text) if start >= 0 else 0):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start + len("\\boxed{") : i]
-    return None
+@functools.lru_cache(maxsize=100_000)
+def parsed(answer):
+    """What math-verify reads in an answer, [] where it reads nothing or would take more than 5 s. Half the time of a comparison."""
+    return parse(f"\\boxed{{{answer}}}")
 
 
 @functools.lru_cache(maxsize=100_000)
 def same_answer(answer, other):
-    """Do two answers (strings) mean the same, by math-verify? "0.5" and "1/2" do."""
-    return bool(verify(parse(f"\\boxed{{{answer}}}"), parse(f"\\boxed{{{other}}}")))
+    """Do two answers (strings) mean the same? By math-verify: "0.5" and "1/2" do, numbers to 6 decimals, or to 4 digits where tiny.
+
+    Some ms for two answers not seen before, at most 14 s (9^{9^{9^9}}: no), in the main thread only: math-verify's clock is a signal.
+    """
+    a, b = repair(answer), repair(other)
+    if a == b or len(a + b) > 1000:  # so long: mostly a response gone astray, and never seen in a benchmark
+        return a == b != ""
+    choices = [re.fullmatch(CHOICE, x, re.DOTALL) for x in (a, b)]
+    if all(choices) and (choices[0][1] != choices[1][1] or None in (choices[0][2], choices[1][2])):
+        return choices[0][1] == choices[1][1]
+    a, b = (choice[2] if choice and choice[2] else x for choice, x in zip(choices, (a, b)))  # (B) 12 is 12, too
+    digits = min(300, 3 + max((int(power or len(zeros) + 1) for power, zeros in re.findall(TINY, f"{a} {b}")), default=0))
+    compare = functools.partial(verify, float_rounding=max(6, digits), numeric_precision=max(15, digits), timeout_seconds=2)
+    return compare(parsed(a), parsed(b)) or compare(parsed(b), parsed(a))  # its verdict on equations and inequalities depends on the order
+
+
+def repair(answer):
+    for pattern, replacement in REPAIRS:
+        answer = re.sub(pattern, replacement, answer)
+    return answer.strip()
 
 
 def votes(texts):

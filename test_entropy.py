@@ -4,11 +4,13 @@ Every test. Each name says the bug that it guards against; each formula is compa
     pytest                       # a laptop's CPU, no network
     pytest -k "head or padded"   # some of it
 """
+import base64
 import csv
 import itertools
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -18,7 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+import types
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's libraries are imported: no test waits for a network
@@ -35,6 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import em_ft
 import em_rl
 import eval as ev  # the name of a Python built-in
+import problems
 import run
 import sandbox
 import scores
@@ -584,29 +591,283 @@ def test_decoders_spend_what_they_say(tiny, monkeypatch):
 
 @pytest.mark.parametrize("text, box", [
     (r"so \boxed{4}.", "4"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} no, \boxed{2}", "2"), (r"\boxed{3} or \boxed{4", None),
-    ("4", None), ("", None), (r"\boxed{}", ""), (r"\boxed{\text{a {b} c}} d", r"\text{a {b} c}"), (r"\boxed 4", None),
+    ("4", None), ("", None), (r"\boxed{}", ""), (r"\boxed{\text{a {b} c}} d", r"\text{a {b} c}"), (r"\boxed 4", None), (r"\boxed {4}", "4"),
+    (r"\fbox{4}", "4"), (r"\boxed{3}, \fbox{4", None), (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\left\{1\right.} }", r"\left\{1\right."),
+    (r"\boxed{\boxed{5}}", "5"), (r"\boxed{5}}}", "5"), ("\\boxed{\n5\n}", "\n5\n"), (r"\boxed{5\\}", r"5\\"), (r"\boxed", None),
+    (r"\boxed{\begin{pmatrix}1\\2\end{pmatrix}}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("\\boxed{" * 10_000, None),
 ])
 def test_last_box(text, box):
     assert ev.last_box(text) == box
 
 
+ANSWERS = {  # kind: (pairs that mean the same, pairs that do not)
+    "fractions": ([(r"\dfrac{1}{2}", r"\frac{1}{2}"), (r"\tfrac12", "0.5"), ("1/2", r"\frac{1}{2}"), (r"-\frac{3}{4}", r"\frac{-3}{4}"),
+        (r"\frac{3}{-4}", r"-\frac34"), (r"\frac{6}{8}", r"\frac34"), (r"\frac{\pi}{4}", r"\pi/4"), (r"\frac{1}{2}x", r"\frac{x}{2}"),
+        (r"\cfrac{3}{5}", "0.6"), ("12/4", "3")], [
+        (r"\frac12", "1/3"), ("3/4", "-3/4")]),
+    "mixed numbers": ([(r"1\frac{1}{2}", r"\frac32"), (r"2 \frac{3}{4}", "2.75"), ("1 1/2", "3/2"), (r"-1\frac{1}{2}", "-1.5")], [
+        (r"1\frac12", "0.5"), (r"1\frac{1}{2}", "11/2")]),
+    "percent": ([(r"50\%", "50"), (r"50\%", "0.5"), ("12.5%", r"12.5\%"), (r"50 \text{ percent}", r"50\%"), (r"150\%", "1.5")], [
+        (r"5\%", "50")]),
+    "units": ([(r"5\text{ cm}", "5"), (r"5\,\mathrm{cm}", "5"), (r"12 \text{ square units}", "12"), (r"5 \text{ cm}^2", "5"), ("5 cm", "5"),
+        ("5 m", "5"), ("10 hours", "10"), (r"3\text{ m/s}", "3"), (r"12\mbox{ inches}^2", "12"), (r"9.8\,\text{m}\,\text{s}^{-2}", "9.8"),
+        (r"3 \mathrm{~cm}", "3"), (r"2\sqrt{3}\text{ cm}", r"2\sqrt3")], [
+        ("5 cm", "6 cm"), (r"20\text{ minutes}", r"25\text{ minutes}")]),
+    "currency": ([(r"\$10", "10"), (r"\$1{,}234.50", "1234.5"), ("$5", "5"), (r"10\text{ dollars}", r"\$10"), ("€7", "7"),
+        (r"\$18.90", "18.9")], [
+        (r"\$0.75", r"\$7.50")]),
+    "thousands": ([("10,000", "10000"), (r"10{,}000", "10000"), (r"10\,000", "10000"), (r"10,\!000", "10000"), ("10 000", "10000"),
+        (r"1{,}000{,}000", "1000000"), ("1,234.5", "1234.5"), ("-1,000", "-1000"), ("1,000,000", "10^6")], [
+        ("10,000", "10"), ("1,2", "12"), ("3,4,5", "345"), ("12,5", "125"), ("1.000", "1000")]),
+    "intervals": ([("[1,2]", r"\left[1,2\right]"), (r"(-\infty, 1) \cup (2, \infty)", r"(2,\infty)\cup(-\infty,1)"),
+        (r"x \in [-2,7]", "[-2,7]"), (r"-2 \le x \le 7", "[-2,7]"), ("x > 3", r"(3,\infty)"), ("3 < x", "x > 3"),
+        (r"\left( -\infty, \frac{1}{2} \right]", r"(-\infty, 0.5]"), (r"\mathbb{R}", r"(-\infty,\infty)"),
+        (r"x \neq 2", r"(-\infty,2)\cup(2,\infty)"), (r"\infty", r"+\infty")], [
+        ("(1,2)", "(1,2]"), ("[-2,7)", "[-2,7]"), (r"x \ge 3", "x > 3"), (r"[0,1] \cup [2,3]", "[0,3]"), (r"-\infty", r"\infty"),
+        (r"\infty", "1000")]),
+    "sets": ([(r"\{1,2,3\}", r"\{3,1,2\}"), ("1,2,3", "3,2,1"), ("1, 2", r"\{1, 2\}"), (r"1 \text{ and } 2", "1,2"), ("x=1, x=2", "1,2"),
+        (r"x = 1 \text{ or } x = 2", "1,2"), (r"\{\frac12, 3\}", r"\{3, 0.5\}"), (r"-1,\sqrt{2}", r"\sqrt2,-1"),
+        ("1, 2, 3", r"1,2,\text{ and }3"), ("a=1,b=2", "b=2,a=1"), (r"x\in\{1,2\}", "1,2"), ("(1,2),(3,4)", "(3,4),(1,2)")], [
+        (r"\{1,2\}", r"\{1,2,3\}"), ("1,2", "1,3"), ("1", "1,2"), ("a=1,b=2", "a=2,b=1")]),
+    "tuples": ([("(1,2)", r"\left(1, 2\right)"), (r"(\frac12, 2)", "(0.5, 2)"), ("(x,y)=(1,2)", "(1,2)"), (r"\langle 1,2 \rangle", "(1,2)"),
+        ("x=2,y=3", "(2,3)")], [
+        ("(1,2)", "(2,1)"), ("(1,2,3)", "(1,3,2)"), ("(1,-2)", "(1,2)"), ("(2,1,2)", "(1,2,2)"), ("(1,2,3)", "(1,2)"),
+        ("(1,2),(3,4)", "(2,1),(4,3)")]),
+    "matrices": ([(r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}"),
+        (r"\begin{pmatrix}\frac12\\0\end{pmatrix}", r"\begin{pmatrix}0.5\\0\end{pmatrix}"),
+        (r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}")], [
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}")]),
+    "integers": ([("016", "16"), ("16.0", "16"), ("+5", "5"), ("-0", "0"), ("104.", "104"), (r"\textbf{033}", "33"),
+        (r"\textbf{(023) }", "23"), ("5!", "120"), ("{5}", "5")], [
+        ("0160", "16"), ("16", "61"), ("6", "16"), ("-13.6", "13.6")]),
+    "scientific notation": ([(r"1.5 \times 10^{3}", "1500"), (r"1.5\cdot 10^3", "1500"), ("1.5e3", "1500"),
+        ("4.5e33", r"4.5\times 10^{33}"), (r"2.5 \times 10^{-3}", "0.0025"), ("1e-3", r"10^{-3}"), ("6.02E23", r"6.02\times 10^{23}"),
+        (r"5.7 * 10^{25}", "5.7e25"), (r"1.6\times10^{-19}", "1.60e-19"), ("3 x 10^8", "300000000"),
+        (r"5.6 \times 10^{-4} \text{ m}", "0.00056"), ("0.00034", "3.4e-4"), ("-7.5e5", "-750000"), ("2e", "e+e"),
+        (r"10^{20}", "1" + "0" * 20)], [
+        ("4.5e33", r"4.5 \times 10^{32}"), ("6.02E23", "6.03e23"), (r"1.6\times10^{-19}", r"9.1\times10^{-31}"),
+        (r"1.6\times10^{-19}", "0"), ("4.0e-7", "5.0e-7"), ("0.0000001", "0.0000002"), ("3.3e-5", "3.4e-5"), ("5e3", "5e")]),
+    "texts": ([(r"\text{Evelyn}", "Evelyn"), (r"\text{evelyn}", "Evelyn"), (r"\text{Yes}", "yes"), (r"\text{ Monday }", "Monday"),
+        (r"\text{the second player}", r"\text{The second player}")], [
+        (r"\text{even}", r"\text{odd}"), ("Yes", "No"), (r"\text{June 20}", r"\text{May 20}"), (r"\text{Carla}", r"\text{Evelyn}")]),
+    "choices": ([("(B)", "B"), (r"\text{B}", "B"), ("B) 12", "B"), (r"\text{(B)}", "B"), ("B.", "B"), (r"\textbf{(B)}", "B"),
+        ("B: 12", "B"), (r"\textbf{(B) }12", "B"), ("B. Mitochondria", "B"), (r"(\text{B})", "B"), (r"\text{(C)}\ 12", "C"),
+        (r"\textbf{(A)}\ 13", "13"), ("(A) 3", "(A)")], [
+        ("B", "C"), ("(B)", "(C)"), (r"\mathrm{B}", "C"), ("A) 12", "B"), ("A) 12", "B) 12"), ("(A) and (B)", "A"), ("Brazil", "B"),
+        ("B+1", "B"), ("AB", "A"), ("C_1", "C"), ("D(2)", "D"), ("B or C", "B"), (r"\text{A, C}", "A")]),
+    "equations": ([("x = 5", "5"), ("y = 2x+1", "2x+1"), ("y=2x+1", "y = 1 + 2x"), ("2x + 1 = y", "y = 2x+1"), ("f(x) = x^2", "x^2"),
+        (r"\angle A = 60^\circ", "60"), ("n = 3k+1", "3k+1"), ("x^2+y^2=1", "y^2+x^2-1=0"), (r"\nu = \frac{2eV}{h}", r"\frac{2eV}{h}"),
+        ("y = -2x + 3", "2x + y = 3")], [
+        ("x=5", "y=5"), ("x=5", "6")]),
+    "plus or minus": ([(r"\pm 2", "2, -2"), (r"1 \pm \sqrt{2}", r"1+\sqrt2, 1-\sqrt2"), (r"x = \pm 2", r"\pm2"), ("±2", r"\pm 2"),
+        (r"\pm 2", r"\{-2,2\}")], [
+        (r"\pm 2", "2"), (r"\pm 2", r"\pm 3")]),
+    "degrees": ([(r"90^\circ", "90"), (r"90^{\circ}", r"90^\circ"), ("90°", "90"), ("90 degrees", "90")], [
+        (r"90^\circ", r"45^\circ")]),
+    "decimals": ([("0.333333", r"\frac13"), ("1.414214", r"\sqrt{2}"), (".5", "0.5"), ("1.50", "1.5"), ("0.3333333333", "1/3"),
+        ("3.141593", r"\pi"), ("113.097336", r"36\pi")], [
+        ("0.33", "1/3"), ("0.1667", "1/6"), ("3.14", r"\pi"), ("1.41", r"\sqrt{2}"), ("0.999", "1"), ("113.1", r"36\pi")]),
+    "roots": ([(r"\sqrt{8}", r"2\sqrt{2}"), (r"\frac{1}{\sqrt2}", r"\frac{\sqrt{2}}{2}"), (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt{6}}"),
+        (r"\sqrt[3]{8}", "2"), ("√12", r"2\sqrt{3}")], [
+        (r"\sqrt{3}", r"\sqrt{2}"), (r"2\sqrt3", r"3\sqrt2")]),
+    "expressions": ([("(x+1)^2", "x^2+2x+1"), ("(2x+3)(x-1)", "2x^2+x-3"), ("p - q", "-(q-p)"), (r"\ln 4", r"2\ln 2"), (r"\log_2 8", "3"),
+        (r"\binom{5}{2}", "10"), ("3+4i", "4i+3"), ("2^{10}", "1024"), ("1010_2", "1010_{2}"), ("2π", r"2\pi"), ("x·y", "xy"),
+        ("x²", "x^2"), (r"\tan^{-1} 2", r"\arctan 2"), (r"v_0 t + \frac{1}{2} a t^2", r"\frac{at^2}{2}+v_0t"),
+        (r"\frac{1}{2 n+2}", r"\frac{1}{2(n+1)}"), (r"\arcsin(1.3 \sin \theta)", r"\arcsin{1.3 \sin{\theta}}")], [
+        ("x^2+1", "x^2-1"), ("a^2+b^2", "(a+b)^2"), ("-x^2", "(-x)^2"), ("|x|", "x"), ("i", "-i"), ("1+2i", "1-2i"), ("1010_2", "1011_2"),
+        ("3:4", "4:3"), (r"36\pi", "36"), (r"\frac{a}{b}", r"\frac{b}{a}"), ("2n", "n"), ("5t", "5"), (r"\frac{g}{2} t", r"\frac{g}{2}")]),
+    "typeset, empty, long": ([("−5", "-5"), ("–5", "-5"), ("2−3i", "2-3i"), ("1" * 3000, "1" * 3000), ("+".join("x" * 50), "50x")], [
+        ("−5", "5"), ("", ""), ("", "0"), (" ", "0"), (r"\text{}", "0"), (r"\,", "0"), ("}{", "1"), ("\\", "1"), ("\0", "1"),
+        (r"\frac{1}{0}", "0"), (r"\frac{1}{0}", r"\frac{2}{0}"), ("1" * 3000, "1" * 2999 + "2"), (str(10**60), str(10**60 + 1)),
+        ("12345678901234567890", "12345678901234567891"), ("{" * 1000, "1"), ("x" * 20_000, "1")]),
+}
+MISJUDGED = [  # (box, answer, truth, why it is left so)
+    (r"5\text{ cm}", r"5\text{ m}", False, "units are dropped, right and wrong ones"), (r"1\text{ pm}", r"1\text{ am}", False, "the same"),
+    ("2x+1=5", "5", False, "an equation's right side counts, since responses write 2 + 3 = 5"), ("x+y=3", "3", False, "the same"),
+    (r"e^{i\pi}", "-1", True, "i alone is read as a real variable"), (r"\sqrt{-4}", "2i", True, "the same"),
+    (r"x \le -1 \text{ or } x \ge 2", r"(-\infty,-1]\cup[2,\infty)", True, "inequalities are not united"),
+    ("½", "0.5", True, "rare beside LaTeX"),
+    (r"\text{all real numbers}", r"\mathbb{R}", True, "no English"), (r"5, \text{ where } x>0", "5", True, "no English"),
+    ("281 K", "281", True, "K is a variable, and a unit in \\text or \\mathrm only"), ("0,5", "0.5", True, "a comma is never the point"),
+    ("c", "C", False, "math-verify's symbols have no case"), (r"\sqrt{\frac{E}{h^2}}", r"\frac{\sqrt{E}}{h}", True, "h may be negative"),
+    (r"0.\overline{3}", "1/3", True, "periods are not read"), (r"E_0 e^{-t}", r"E_0 \exp(-t)", True, "nor is E_0"),
+]
+
+
+@pytest.mark.parametrize("box, answer, same", [
+    pytest.param(*pair, same, id=f"{kind}: {pair[0]:.30} {'is' if same else 'is not'} {pair[1]:.30}")
+    for kind, both in ANSWERS.items() for same, pairs in zip((True, False), both) for pair in pairs
+] + [pytest.param(box, answer, truth, marks=pytest.mark.xfail(reason=why, strict=True)) for box, answer, truth, why in MISJUDGED])
+def test_answers_that_mean_the_same_are_the_same(box, answer, same):
+    assert ev.same_answer(box, answer) is same
+
+
+def test_the_order_of_two_answers_does_not_matter():
+    for box, answer in ANSWERS["intervals"][0] + ANSWERS["sets"][0] + ANSWERS["equations"][0] + [("2x+1=5", "5")]:
+        assert ev.same_answer(answer, box), (answer, box)
+
+
 @pytest.mark.parametrize("response, answer, right", [
-    (r"\boxed{016}", "16", True), (r"\boxed{16}", "016", True), (r"\boxed{0.5}", r"\frac{1}{2}", True), (r"\boxed{4", "4", False),
-    (r"\boxed{4} and then \boxed{5", "4", False), (r"\boxed{5} and \boxed{4}", "4", True), (r"\boxed{4} and \boxed{5}", "4", False), ("4", "4", False),
-    (r"\boxed{10{,}000}", "10000", True), (r"\boxed{(3, \frac{\pi}{2})}", r"\left( 3, \frac{\pi}{2} \right)", True), (r"\boxed{}", "0", False),
-    (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}", True), (r"\boxed{\text{Carla}}", r"\text{Evelyn}", False), (r"\boxed{50\%}", "50", True),
-    (r"\boxed{x = 7}", "7", True), (r"\boxed{6}", "16", False),
+    (r"\boxed{016}", "16", True), (r"\boxed{16}", 16, True), (r"\boxed{4", "4", False), (r"\boxed{4} and then \boxed{5", "4", False),
+    ("4", "4", False), (r"\boxed{5} and \boxed{4}", "4", True), (r"\boxed{4} and \boxed{5}", "4", False),
+    (r"so \fbox{\frac12}", "0.5", True), (r"\boxed {4}", "4", True), (r"\boxed{}", "", False),
 ])
-def test_is_correct(response, answer, right):
+def test_only_the_last_box_is_correct_or_not(response, answer, right):
     assert ev.is_correct(response, {"answer": answer}) is right
+
+
+def test_answers_that_sympy_would_never_be_done_with_are_given_up(monkeypatch):
+    monkeypatch.setattr(ev, "parse", partial(ev.parse, parsing_timeout=1))
+    start = time.time()
+    towers = "9^{9^{9^9}}", r"\frac{" * 80 + "1" + "}{2}" * 80  # the last one is nested too deep for the parser
+    assert not any(ev.same_answer(box, "1") for box in towers) and time.time() - start < 12
+    monkeypatch.delattr(ev, "parse")
+    assert not ev.same_answer("x" * 20_000, "1") and not ev.same_answer("{" * 1000, "2") and ev.same_answer("7" * 2000, "7" * 2000)
+
+
+def test_in_a_thread_grading_fails_instead_of_finding_all_answers_wrong():
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="thread"):
+        pool.submit(ev.same_answer, "0.123", r"\frac{123}{1000}").result()
 
 
 def test_problems_of_a_file_keep_their_fields_and_a_solution_gives_its_last_box(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a", "answer": 7, "level": 3}\n\n{"problem": "b", "solution": "so \\\\boxed{2}, no \\\\boxed{3}"}\n{"question": "c", "answer": "x\\n#### 18"}\n{"prompt": "d"}\n')
+    path.write_text('{"prompt": "a", "answer": 7, "level": 3}\n\n{"problem": "b", "solution": "so \\\\boxed{2}, no \\\\boxed{3}"}\n'
+                    '{"question": "c", "answer": "x\\n#### 18"}\n{"prompt": "d"}\n')
     a, b, c, d = ev.load_problems(path)
     assert (a["answer"], a["level"], b["prompt"], b["answer"], c["answer"]) == (7, 3, "b", "3", "18") and "answer" not in d
     assert len({x["id"] for x in (a, b, c, d)}) == 4 and ev.is_correct(r"\boxed{7}", a)
+
+
+def packed(tests, pack=json.dumps):
+    return base64.b64encode(zlib.compress(pickle.dumps(pack(tests)))).decode()
+
+
+STDIN = [{"input": "1 2\n", "output": "3\n", "testtype": "stdin"}, {"input": "5 5\n", "output": "10\n", "testtype": "stdin"}]
+CALLS = [{"input": "[1, 2]\nnull", "output": "3", "testtype": "functional"}, {"input": "[]\ntrue", "output": "0", "testtype": "functional"}]
+LCB = dict(question_title="t", question_content="Sum them.", platform="atcoder", contest_id="c", contest_date="2023-06-01",
+           difficulty="easy", metadata="{}")
+STEP = dict(step_background="Background: adding.", ground_truth_code=None, return_line="    return total")
+ROWS = {  # name: (what load_dataset is asked for, rows as the data set has them, with invented contents, the problems they become)
+    "numina": (("AI-MO/NuminaMath-CoT", None, "train"), [
+        dict(source="orca_math", problem="1+1?", solution="It is \\boxed{2}.", messages=[{"content": "1+1?", "role": "user"}])],
+        [dict(id="numina/0", prompt="1+1?", solution="It is \\boxed{2}.", answer="2")]),
+    "math500": (("HuggingFaceH4/MATH-500", None, "test"), [
+        dict(problem="1+1?", solution="It is \\boxed{2}.", answer="2", subject="Algebra", level=1, unique_id="test/algebra/1.json")],
+        [dict(id="math500/0", prompt="1+1?", answer="2", level=1)]),
+    "gsm8k": (("openai/gsm8k", "main", "test"), [dict(question="One and 1,233?", answer="It is <<1+1233=1234>>1,234\n#### 1,234")],
+        [dict(id="gsm8k/0", prompt="One and 1,233?", answer="1,234")]),
+    "amc": (("AI-MO/aimo-validation-amc", None, "train"), [
+        dict(id=0, problem="1+1?", answer=142.0, url="u"), dict(id=1, problem="2?", answer=2.5, url="u")],
+        [dict(prompt="1+1?", answer="142"), dict(prompt="2?", answer="2.5")]),
+    "aime": (("AI-MO/aimo-validation-aime", None, "train"), [dict(id=3, problem="1+1?", solution="\\boxed{002}", answer="2", url="u")],
+        [dict(prompt="1+1?", answer="2")]),
+    "minerva": (("math-ai/minervamath", None, "test"), [dict(question="How bright is it?", answer="4.5e33")],
+        [dict(id="minerva/0", prompt="How bright is it?", answer="4.5e33")]),
+    "olympiad": (("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"), [
+        dict(id=1606, question="How many?", solution=["Two."], final_answer=["2"], context=None, image_1=None, is_multiple_answer=False,
+             unit=None, answer_type="Numerical", error=None),
+        dict(id=1607, question="Which?", solution=["These."], final_answer=["$(1,2)$, $(3, 4)$", "$\\frac{1}{2}$"], context="Let $x$ be.",
+             image_1=None, is_multiple_answer=True, unit=None, answer_type="Tuple,Numerical", error=None)],
+        [dict(id="olympiad/1606", prompt="How many?", answer="2"),
+         dict(id="olympiad/1607", prompt="Let $x$ be.\n\nWhich?", answer="(1,2), (3, 4), \\frac{1}{2}")]),
+    "ugphysics": (("UGPhysics/ugphysics", "SemiconductorPhysics", "en+zh"), [
+        dict(index=1, domain="Modern Physics", subject="Semiconductor Physics", topic="Others", problem="How hot?", solution="So.",
+             answers="\\[\n\\boxed{4.88 \\times 10^{23}}\n\\]", answer_type="NV", unit="\\text{K}", is_multiple_answer=False, language="EN",
+             level="Knowledge Recall")],
+        [dict(id="ugphysics/0", prompt="How hot?", answer="4.88 \\times 10^{23}", unit="\\text{K}", language="EN")]),
+    "mmlu-stem": (("cais/mmlu", "all", "test"), [
+        dict(question="Who?", subject="world_religions", choices=["a", "b", "c", "d"], answer=0),
+        dict(question="What?", subject="college_physics", choices=["red", "green", "blue", "none"], answer=2)],
+        [dict(answer="C", prompt="What?\n\nA) red\nB) green\nC) blue\nD) none\n\nAnswer with the letter of the right option.")]),
+    "humaneval": (("openai/openai_humaneval", None, "test"), [
+        dict(task_id="HumanEval/900", canonical_solution="    return sum(xs)\n", entry_point="add",
+             prompt="from typing import List\n\n\ndef helper(x):\n    return x\n\n\ndef add(xs: List[int]) -> int:\n    \"\"\"Sum.\"\"\"\n",
+             test="def check(candidate):\n    assert candidate([1, 2]) == helper(3)\n")],
+        [dict(id="HumanEval/900", entry_point="add", right="def add(xs):\n    return sum(xs)", wrong="def add(xs):\n    return 0",
+              asks="Complete this function:\n```python\nfrom typing")]),
+    "mbpp": (("google-research-datasets/mbpp", "sanitized", "test"), [
+        dict(source_file="f", task_id=7, prompt="Write a function to double.", code="def twice(x): return 2 * x",
+             test_imports=["import math"], test_list=["assert twice(2) == 4", "assert twice(math.pi) > 6"])],
+        [dict(id="mbpp/7", right="def twice(x): return 2 * x", wrong="def twice(x): return x", asks="assert twice(2) == 4\nassert")]),
+    "leetcode": (("TechxGenus/LeetCode-Contest", None, "train"), [
+        dict(task_id="weekly-contest-1-x", url="u", title="x", meta={"difficulty": "Easy"}, prompt="\"\"\"Sum.\"\"\"\nclass Solution:\n",
+             prompt_sft="Sum.\n\nPlease complete:\n```python\nclass Solution:\n    def total(self, xs: List[int]):\n        \n```",
+             start_time=1,
+             test="\nmy_solution = Solution()\n\ntest_input = { \"xs\": [1, 2] }\nassert my_solution.total(**test_input) == 3\n")],
+        [dict(id="leetcode/weekly-contest-1-x", asks="Please complete", wrong="class Solution:\n    def total(self, xs): return 2",
+              right="class Solution:\n    def total(self, xs: List[int]): return pow(sum(Counter(xs)), 1, 7)")]),  # not math's pow
+    "livecodebench": (("lighteval/code_generation_lite", "release_v2", "test"), [
+        LCB | dict(question_id="abc1", starter_code="", public_test_cases=json.dumps(STDIN[:1]), private_test_cases=packed(STDIN[1:])),
+        LCB | dict(question_id="lc2", starter_code="class Solution:\n    def total(self, xs: List[int], y):\n        ",
+                   public_test_cases=json.dumps(CALLS[:1]), private_test_cases=json.dumps(CALLS[1:]), metadata='{"func_name": "total"}')],
+        [dict(id="livecodebench/abc1", tests=[{"input": "1 2\n", "output": "3\n"}, {"input": "5 5\n", "output": "10\n"}], asks="stdin"),
+         dict(id="livecodebench/lc2", asks="```python\nclass Solution:\n    def total(self, xs: List[int], y):\n```",
+              right="class Solution:\n    def total(self, xs: List[int], y): return sum(xs)",
+              wrong="class Solution:\n    def total(self, xs, y): return 3")]),
+    "scicode": (("SciCode1/SciCode", None, "test"), [
+        dict(problem_name="sum", problem_id="90", problem_description_main="Sum all.", problem_background_main="", problem_io="",
+             required_dependencies="import math", general_solution=None, general_tests=[], sub_steps=[
+                 STEP | dict(step_number="90.1", step_description_prompt="Add two.", function_header="def add(a, b):\n    # Adds",
+                             test_cases=["assert add(1, 2) == target"]),
+                 STEP | dict(step_number="90.2", step_description_prompt="Add many.", function_header="def total(xs):\n    # Adds all",
+                             test_cases=["assert total([1]) == target", "x = [1, 2]\nassert total(x) == target"])])],
+        [dict(id="scicode/90.1", after=[], setup="import math", targets=[3],
+              right="def add(a, b): return a + b", wrong="def add(a, b): return a",
+              asks="Background: adding.\n\nComplete this function:\n```python\ndef add(a, b):\n    # Adds\n    return total\n```"),
+         dict(id="scicode/90.2", after=["scicode/90.1"], targets=[1, 3], right="total = sum", wrong="total = len",
+              asks="already:\n```python\ndef add(a, b):\n    # Adds\n```\n\nThe next step: Add many.")]),
+    "eurus-code": (("PRIME-RL/Eurus-2-RL-Data", None, "train"), [
+        dict(data_source="numina_olympiads", ability="math", prompt=[dict(role="user", content="1+1?")], reward_model={}),
+        dict(data_source="taco", ability="code", prompt=[dict(role="system", content="You are."), dict(role="user", content="Echo.")],
+             reward_model=dict(style="rule", ground_truth='{"inputs": ["1\\n"], "outputs": ["1\\n"]}')),
+        dict(data_source="apps", ability="code", prompt=[dict(role="system", content="You are."), dict(role="user", content="Call.")],
+             reward_model=dict(style="rule", ground_truth='{"fn_name": "f", "inputs": [[1]], "outputs": [[1]]}'))],
+        [dict(id="eurus-code/0", prompt="Echo.", tests=[{"input": "1\n", "output": "1\n"}]), dict(prompt="Call.", tests=None)]),
+}
+
+
+@pytest.mark.parametrize("name", problems.HUB)
+def test_rows_of_each_benchmark_become_problems(name, monkeypatch):
+    (wanted, rows, expected), asked, targets = ROWS[name], [], []
+    monkeypatch.setattr("datasets.load_dataset", lambda path, configuration, split: asked.append((path, configuration, split)) or rows)
+    parse = types.SimpleNamespace(process_hdf5_to_tuple=lambda step, count: targets[:count])
+    monkeypatch.setitem(sys.modules, "scicode.parse.parse", parse)
+    loaded = ev.load_problems(name)
+    assert asked == [wanted] and len(loaded) == len(expected)
+    for problem, fields in zip(loaded, expected):
+        assert isinstance(problem["prompt"], str) and ("answer" in problem) != ("tests" in problem or fields.get("tests", ...) is None)
+        targets[:] = fields.pop("targets", [])
+        solutions = {fields.pop(key, None): key for key in ("right", "wrong")}
+        assert fields.pop("asks", "") in problem["prompt"]
+        assert {key: problem.get(key) for key in fields} == fields
+        for code, verdict in solutions.items():
+            with nullcontext() if verdict == "right" or code is None else pytest.raises(AssertionError):
+                exec("\n".join((problem.get("setup", ""), code, problem["tests"])) if code else "", {"__name__": "sandbox"})
+
+
+def test_what_benchmarks_lack_is_said(monkeypatch, capsys):
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **settings: [{"question": "1+1?", "final_answer": ["2"]}])
+    with pytest.raises(FileNotFoundError, match="indval.*World Values Survey.*prompt"):
+        ev.load_problems("indval")
+    with pytest.raises(ValueError, match="olympiad, row 0.*'id'.*final_answer"):
+        ev.load_problems("olympiad")
+    ev.load_problems("minerva")
+    assert "1 problems, not 272" in capsys.readouterr().err
+    assert ev.load_problems("someone/something")[0]["prompt"] == "1+1?" and not capsys.readouterr().err
+
+
+def test_a_pickle_is_read_and_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    assert problems.private_tests(packed(STDIN)) == STDIN == problems.private_tests(json.dumps(STDIN))
+    assert problems.private_tests(base64.b64encode(zlib.compress(pickle.dumps(json.dumps(STDIN), protocol=0))).decode()) == STDIN
+    with pytest.raises(ValueError, match="one pickled string"):
+        problems.private_tests(packed(STDIN, lambda tests: Evil()))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_wilson_interval_and_auroc_against_brute_force():
