@@ -49,7 +49,8 @@ from scores import auroc, by_problem, compare, reliability_plot, summary, table
 
 HERE = Path(__file__).parent
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # the paper asks for this
-REFINE = "Check this answer step by step, and give a corrected and complete one, with the final answer within \\boxed{}."
+CODE = "Please reason step by step, and put your final program into one ```python block."  # where there are tests
+REFINE = "Check this answer step by step, and give a corrected and complete one in the same form."
 SHARPEN = {"em-inf": EMInf, "adaptive-temperature": AdaptiveTemperature}  # what may come before sampling
 SCHEMES = {"greedy": 1, "sample": 1, "self-consistency": 4, "refine": 3}  # how an answer is made, and of how many responses
 REPAIRS = [  # (pattern, replacement): what stands in answers, and what math-verify reads as the same
@@ -145,8 +146,8 @@ def load_model(name, device, dtype=torch.float32):
     return model.to(device).eval(), tokenizer
 
 
-def encode_prompt(tokenizer, prompt, earlier=None):
-    """Token ids of a prompt: the chat template with the paper's system prompt where the tokenizer has a template (in the user's
+def encode_prompt(tokenizer, prompt, earlier=None, system=SYSTEM):
+    """Token ids of a prompt: the chat template with the system prompt (the paper's) where the tokenizer has a template (in the user's
     turn where the template knows no system role), else the plain text and a line break. `earlier` is a response to be refined: its
     turn and a request follow, or in plain text the response and the prompt once more."""
     if tokenizer.chat_template is None:
@@ -155,11 +156,11 @@ def encode_prompt(tokenizer, prompt, earlier=None):
     if earlier is not None:
         turns += [{"role": "assistant", "content": earlier}, {"role": "user", "content": REFINE}]
     try:
-        text = tokenizer.apply_chat_template([{"role": "system", "content": SYSTEM}] + turns, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template([{"role": "system", "content": system}] + turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # the template itself raises, through jinja2: Gemma's has no system role
         if "system" not in str(error).lower():
             raise
-        turns[0]["content"] = f"{SYSTEM}\n\n{prompt}"
+        turns[0]["content"] = f"{system}\n\n{prompt}"
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written the special tokens already
 
@@ -329,7 +330,8 @@ def decode(model, tokenizer, problems, decoder, max_new_tokens, budget=2**18, de
     stop, N = stop_ids(model, tokenizer), SCHEMES[scheme]
     respond = lambda prompts: generate(model, prompts, stop, max_new_tokens, temperature, budget, desc, [sharpen[name]()] if name else [])
     read = lambda response: tokenizer.decode(response, skip_special_tokens=True)
-    prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+    encode = lambda problem, earlier=None: encode_prompt(tokenizer, problem["prompt"], earlier, CODE if "tests" in problem else SYSTEM)
+    prompts = [encode(problem) for problem in problems]
     if scheme == "self-consistency":
         drafts = respond([prompt for prompt in prompts for _ in range(N)])
         groups = [drafts[i : i + N] for i in range(0, len(drafts), N)]
@@ -339,7 +341,7 @@ def decode(model, tokenizer, problems, decoder, max_new_tokens, budget=2**18, de
         responses = respond(prompts)
         spent = [len(prompt) + len(response) for prompt, response in zip(prompts, responses)]
         for _ in range(N - 1):  # refine
-            prompts = [encode_prompt(tokenizer, problem["prompt"], read(response)) for problem, response in zip(problems, responses)]
+            prompts = [encode(problem, read(response)) for problem, response in zip(problems, responses)]
             responses = respond(prompts)
             spent = [n + len(prompt) + len(response) for n, prompt, response in zip(spent, prompts, responses)]
     return prompts, responses, spent
