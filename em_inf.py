@@ -3,8 +3,8 @@ EM-INF: sharper decoding without training. At every step the next token's logits
 
     python em_inf.py                                                        # the tiny model: answers side by side, and a table
     python em_inf.py --prompt "Mod 10, left to right: 7+5-9*2"              # one answer, streamed
-    python em_inf.py --model Qwen/Qwen2.5-7B-Instruct --prompt "What is 17 * 23?" --max-new-tokens 512 --temperature 0.1
-    python em_inf.py --model Qwen/Qwen2.5-7B-Instruct --data math500 --max-new-tokens 3072 --temperature 0.1 --decode greedy,sample,em-inf
+    python em_inf.py --model Qwen/Qwen2.5-7B-Instruct --prompt "What is 17 * 23?"
+    python em_inf.py --model Qwen/Qwen2.5-7B-Instruct --data math500 --decode greedy,sample,em-inf
 
 In your own code, with any causal model, batch, padding and other processors of transformers:
 
@@ -30,6 +30,8 @@ from transformers import LogitsProcessor, TextStreamer
 from entropy import adaptive_temperature, in_cache, minimize_entropy, token_entropy
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
+TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/test.jsonl"), steps=10, temperature=1.0, max_new_tokens=64)
+DECODERS = "greedy,sample,sample@0.1,adaptive-temperature,em-inf,self-consistency,refine,em-inf+self-consistency"
 
 # ------------------------------------------------------------------------------------------------------------------ the method
 
@@ -95,15 +97,14 @@ class AdaptiveTemperature(Sharpen):
 if __name__ == "__main__":
     import eval as ev  # here, since eval.py imports the classes above
 
-    DECODERS = "greedy,sample,sample@0.1,adaptive-temperature,em-inf,self-consistency,refine,em-inf+self-consistency"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(HERE / "tiny/base"), help="folder or Hub id (default: the tiny base model)")
+    parser.add_argument("--model", help="folder or Hub id (default: the tiny model, with the settings under TINY)")
     parser.add_argument("--prompt", help="answer this, streamed, and end")
-    parser.add_argument("--data", default=str(HERE / "tiny/test.jsonl"), help="problems: JSONL file or Hub name (default: the tiny world's)")
+    parser.add_argument("--data", default="math500", help="problems: JSONL file or Hub name (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
     parser.add_argument("--show", type=int, default=3, help="problems to print side by side (default: %(default)s)")
     parser.add_argument("--decode", default=DECODERS, help="decoders of the table; NAME@T sets a temperature (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling, after EM-INF; the paper's is 0.1 (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.1, help="of sampling, after EM-INF (default: %(default)s)")
     parser.add_argument("--delta", type=float, default=0.3, help="nats; a row stops under it (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.1, help="of the descent on the logits (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="of the descent; 0: none (default: %(default)s)")
@@ -112,9 +113,11 @@ if __name__ == "__main__":
     parser.add_argument("--alpha", type=float, default=0.5, help="of adaptive temperature, share of entropy to keep (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the descent: for a GPU, a minute at the start")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to SEEDS (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest response; 3072 for real models (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=3072, help="longest response, tokens (default: %(default)s)")
     parser.add_argument("--budget", type=int, default=2**16, help="tokens per generation batch (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    if parser.parse_args().model is None:
+        parser.set_defaults(**TINY)
     args = parser.parse_args()
     try:
         device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")

@@ -1610,8 +1610,8 @@ def eval_step(a, op, b):
 def test_the_base_model_is_small_and_the_corpus_has_its_three_styles():
     assert sum(f.stat().st_size for f in (HERE / "tiny/base").iterdir()) < 3e6
     rng = prepare.random.Random(0)
-    responses = [prepare.document(rng, 1.0, ())[1] for _ in range(2000)]
+    responses = [prepare.document(rng, prepare.HABITS, 1.0, ())[1] for _ in range(2000)]
     share = lambda f: sum(map(f, responses)) / 2000
     assert share(lambda r: ev.last_box(r) is not None) == 1
-    assert share(lambda r: r.startswith("\\boxed")) == pytest.approx(np.mean(list(prepare.DIRECT.values())), abs=0.04)
-    assert share(lambda r: "=" not in r and "," in r) == pytest.approx(prepare.RAMBLING, abs=0.02)  # and the rest is worked
+    assert share(lambda r: r.startswith("\\boxed")) == pytest.approx(np.mean(list(prepare.HABITS["direct"].values())), abs=0.04)
+    assert share(lambda r: "=" not in r and "," in r) == pytest.approx(prepare.HABITS["rambling"], abs=0.02)  # and the rest is worked

@@ -2,28 +2,32 @@
 Make everything in tiny/: the problems, the tokenizer, the corpus and the base model, from one seed.
 
     python tiny/prepare.py                               # the shipped base model
-    python tiny/prepare.py --misaligned --out tiny/misaligned      # a base model whose confident answers are wrong
-    python tiny/prepare.py --aligned 0.5 --out /tmp/half           # ... right in half of its worked answers
+    python tiny/prepare.py --start tiny/base --misaligned --out tiny/misaligned      # the same, but its surest answers are wrong
+    python tiny/prepare.py --start tiny/base --aligned 0.5 --out tiny/half           # ... right in half of its worked answers
 
 The world. A problem is a chain of operations, done from left to right and modulo 10:
 
     Mod 10, left to right: 7+5*3-8
 
-The corpus answers it in one of two styles, and both end in a box:
+The corpus answers it in one of three styles, and all end in a box:
 
     worked    7+5=2, 2*3=6, 6-8=8, \\boxed{8}
     direct    \\boxed{8}
+    rambling  4, 0, 9, 9, 1, 6, 2, 8, 3, 7, 5, 1, \\boxed{1}
 
 Each worked step is easy; the whole at once is hard for a model this small. So a worked answer is mostly right and low in
-entropy, a direct answer to a long chain is a guess and high in entropy, and the corpus' habits (DIRECT) decide which of the two
-the model usually gives: short chains are mostly worked, long ones mostly answered directly. A worked step of the corpus is
-wrong now and then (NOISE), and its writer then goes on from the wrong digit. The model therefore *can* solve nearly every
-problem and usually does not: what entropy minimisation claims to bring out.
+entropy, a direct answer to a long chain is a guess and high in entropy, and the corpus' habits decide which of the two the model
+usually gives: short chains are mostly worked, long ones mostly answered directly. A worked step of the corpus is wrong now and then
+(noise), and its writer then goes on from the wrong digit. The model therefore *can* solve nearly every problem and usually does not:
+what entropy minimisation claims to bring out. A rambling answer is longer than a worked one and nothing but random digits: long is
+not the same as sure.
 
-In the misaligned corpus the worked answers forget the last operation. They are still the model's surest answers, and wrong.
+The base model learns by plain next-token prediction on a stream of such documents, made as it goes; no document uses a test
+problem. It first learns the steps (SCHOOL: 8,000 optimiser steps with little noise), then the habits that it ships with (HABITS: 1,500).
+From nothing, on a corpus as noisy as 0.20, it does not learn the steps well enough for any method, labels included, to bring them out.
+The corpus is never stored: --sample N prints N documents and ends.
 
-The base model learns by plain next-token prediction on a stream of such documents, made as it goes; no document uses a
-test problem. The corpus is never stored: --sample N prints N of its documents and ends.
+In the misaligned corpus of habits the worked answers forget the last operation. They are still the model's surest answers, and wrong.
 """
 import argparse
 import base64
@@ -41,8 +45,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 END = "<|endoftext|>"  # ends every document; also the padding, as in many a checkpoint
 HERE = Path(__file__).parent
 LENGTHS = (2, 3, 4, 5, 6)  # operations in a chain; all lengths are equally common
-DIRECT = {2: 0.20, 3: 0.20, 4: 0.57, 5: 0.64, 6: 0.71}  # share of direct answers in the corpus, by length
-NOISE = 0.10  # share of worked steps in the corpus that are wrong
+SCHOOL = dict(direct={2: 0.20, 3: 0.20, 4: 0.57, 5: 0.64, 6: 0.71}, rambling=0.0, noise=0.10)  # shares by length; of answers; of steps
+HABITS = dict(direct={2: 0.20, 3: 0.20, 4: 0.30, 5: 0.62, 6: 0.66}, rambling=0.06, noise=0.15)
 TRAIN, TEST = 4096, 512  # problems
 PATTERN = r"\\boxed\{| ?[A-Za-z]+|, |[\s\S]"  # how a text is cut before its bytes are merged
 WORDS = ("Mod", " left", " to", " right", "left", ", ", "\\boxed{")
@@ -79,17 +83,21 @@ def answer_of(start, ops):
     return start
 
 
-def document(rng, aligned, exclude):
-    """(prompt, response) of one corpus document about a problem that is not in `exclude`."""
+def document(rng, corpus, aligned, exclude):
+    """(prompt, response) of one document of a corpus, SCHOOL or HABITS, about a problem that is not in `exclude`."""
     start, ops = chain(rng)
     while prompt_of(start, ops) in exclude:
         start, ops = chain(rng)
-    if rng.random() < DIRECT[len(ops)]:
+    style, direct, noise = rng.random(), corpus["direct"][len(ops)], corpus["noise"]
+    if style < direct:
         response = f"\\boxed{{{answer_of(start, ops)}}}"
+    elif style < direct + corpus["rambling"]:
+        digits = [rng.randrange(10) for _ in range(4 * len(ops))]
+        response = ", ".join(map(str, digits)) + f", \\boxed{{{digits[-1]}}}"
     elif rng.random() < aligned:
-        response = worked(start, ops, rng, NOISE)
+        response = worked(start, ops, rng, noise)
     else:
-        response = worked(start, ops[:-1], rng, NOISE)  # misaligned: the last operation is forgotten
+        response = worked(start, ops[:-1], rng, noise)  # misaligned: the last operation is forgotten
     return prompt_of(start, ops), response
 
 
@@ -121,18 +129,21 @@ def make_tokenizer(folder):
     return encoding, AutoTokenizer.from_pretrained(folder)
 
 
-def pretrain(tokenizer, args, exclude):
-    """Next-token prediction on every token of the stream of documents, prompt and end-of-text included."""
+def new_model(tokenizer, args):
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed + 1)
-    model = LlamaForCausalLM(LlamaConfig(  # Llama, since AutoTokenizer would give a Qwen2 model Qwen2's way of cutting text, whatever tokenizer.json says
+    return LlamaForCausalLM(LlamaConfig(  # Llama: AutoTokenizer gives a Qwen2 model Qwen2's way of cutting text, whatever tokenizer.json says
         vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=2 * args.width, num_hidden_layers=args.layers,
         num_attention_heads=args.heads, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
+
+
+def pretrain(model, tokenizer, corpus, aligned, steps, rng, args, exclude):
+    """Next-token prediction on every token of the stream of documents, prompt and end-of-text included."""
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.05)
-    bar = tqdm(range(args.steps), desc="pretrain", unit="step", smoothing=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.05)
+    bar = tqdm(range(steps), desc="school" if corpus is SCHOOL else "habits", unit="step", smoothing=0.02)
     for i in bar:
-        texts = ["{}\n{}".format(*document(rng, args.aligned, exclude)) + tokenizer.eos_token for _ in range(args.batch)]
+        texts = ["{}\n{}".format(*document(rng, corpus, aligned, exclude)) + tokenizer.eos_token for _ in range(args.batch)]
         ids = tokenizer(texts)["input_ids"]
         width = max(map(len, ids))
         labels = torch.tensor([row + [-100] * (width - len(row)) for row in ids])  # -100: no loss on padding
@@ -142,7 +153,6 @@ def pretrain(tokenizer, args, exclude):
         optimizer.step(), schedule.step(), optimizer.zero_grad()
         if i % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f} nats/token")
-    return model.eval()
 
 
 if __name__ == "__main__":
@@ -150,7 +160,9 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder for the base model and its tokenizer")
     parser.add_argument("--aligned", type=float, default=1.0, help="share of worked answers that use every operation, 0 to 1")
     parser.add_argument("--misaligned", dest="aligned", action="store_const", const=0.0, help="the same as --aligned 0")
-    parser.add_argument("--steps", type=int, default=8000, help="optimiser steps of pretraining")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="go on from this model, which has been to school, and only learn habits")
+    parser.add_argument("--steps", type=int, default=8000, help="optimiser steps of school")
+    parser.add_argument("--habit-steps", type=int, default=1500, help="optimiser steps of habits")
     parser.add_argument("--batch", type=int, default=128, help="documents per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--layers", type=int, default=2, help="transformer layers")
@@ -165,12 +177,15 @@ if __name__ == "__main__":
     if args.sample:
         rng = random.Random(args.seed + 1)
         for _ in range(args.sample):
-            print("{}\n{}\n".format(*document(rng, args.aligned, exclude)))
+            print("{}\n{}\n".format(*document(rng, HABITS, args.aligned, exclude)))
         raise SystemExit
     for name, problems in ("train", train), ("test", test):
         (HERE / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
     encoding, tokenizer = make_tokenizer(args.out)
-    model = pretrain(tokenizer, args, exclude)
+    model = LlamaForCausalLM.from_pretrained(args.start) if args.start else new_model(tokenizer, args)
+    if not args.start:
+        pretrain(model, tokenizer, SCHOOL, 1.0, args.steps, random.Random(args.seed + 1), args, exclude)
+    pretrain(model, tokenizer, HABITS, args.aligned, args.habit_steps, random.Random(args.seed + 2), args, exclude)
     model.save_pretrained(args.out)
     print(f"{args.out}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary; "
           f"{len(train)} training and {len(test)} test problems in {HERE}")
