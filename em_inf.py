@@ -2,7 +2,7 @@
 EM-INF: sharper decoding without training. At every step the next token's logits go a few steps downhill in their own entropy.
 
     python em_inf.py                                                        # the tiny model: answers side by side, and a table
-    python em_inf.py --prompt "Mod 10, left to right: 7+5-9*2"              # one answer, streamed
+    python em_inf.py --prompt "Mod 10, left to right: 8-7*6"                # one answer, streamed
     python em_inf.py --model Qwen/Qwen2.5-7B-Instruct --prompt "What is 17 * 23?"
     python em_inf.py --model Qwen/Qwen2.5-7B-Instruct --data math500 --decode greedy,sample,em-inf
 

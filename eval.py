@@ -397,13 +397,16 @@ def diagnose(greedy, sampled):
 
 
 def run_decoders(model, tokenizer, head, problems, decoders, seeds, max_new_tokens, budget, temperature, sharpen=SHARPEN):
-    """{decoder: samples} over seeds 1 to `seeds`; one for greedy, which has no chance in it."""
+    """{decoder: samples} over seeds 1 to `seeds`; one for greedy, which has no chance in it. Ctrl-C ends it with what there is by then."""
     results = {name: [] for name in decoders}
     jobs = [(name, seed) for name in decoders for seed in range(1, seeds + 1) if seed == 1 or parse_decoder(name, temperature)[2]]
-    for name, seed in (bar := tqdm(jobs, unit="run", leave=False, delay=5)):
-        bar.set_description(f"{name}, seed {seed}")
-        results[name] += evaluate(model, tokenizer, head, problems, name, max_new_tokens, seed, budget, "responses", temperature, sharpen)
-    return results
+    try:
+        for name, seed in (bar := tqdm(jobs, unit="run", leave=False, delay=5)):
+            bar.set_description(f"{name}, seed {seed}")
+            results[name] += evaluate(model, tokenizer, head, problems, name, max_new_tokens, seed, budget, "responses", temperature, sharpen)
+    except KeyboardInterrupt:
+        print("\nstopped; this is what was done by then", file=sys.stderr)
+    return {name: samples for name, samples in results.items() if samples}
 
 
 def read_samples(folder):
@@ -424,7 +427,8 @@ def read_samples(folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(HERE / "tiny/base"), help="folder or Hub id (default: the tiny base model)")
-    parser.add_argument("--data", default=str(HERE / "tiny/test.jsonl"), help="JSONL files or names, with commas (default: the tiny world's)")
+    parser.add_argument("--data", default=str(HERE / "tiny/test.jsonl"),
+                        help=f"JSONL files or names, with commas: {', '.join(HUB)} (default: the tiny world's)")
     parser.add_argument("--limit", type=int, help="only the first LIMIT problems of each")
     parser.add_argument("--decode", default="greedy,sample", help="decoders, with commas, see above (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling, where a decoder names none (default: %(default)s)")
@@ -512,21 +516,21 @@ def main(argv=None):
                      for place, sample in enumerate(samples)]
             with (folder / f"samples{rank or ''}.jsonl").open("a") as f:
                 f.write("\n" * (f.tell() > 0) + "".join(lines))  # a blank line, in case a kill has left half a one
+        if world > 1:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        if rank == 0:
+            results = read_samples(folder)
+            if args.diagnose:
+                for data in problems:
+                    print(f"\n{data}:\n" + diagnose(*(results[f"{Path(data).stem} {decoder}"] for decoder in args.decode.split(","))))
+            else:
+                print("\n" + table(results))
+            (folder / "results.json").write_text(json.dumps({name: summary(samples) for name, samples in results.items()}, indent=1) + "\n")
+            reliability_plot(results, folder / "reliability.png")
+            print(f"\nsamples, results.json and reliability.png: {folder}")
     except KeyboardInterrupt:
         sys.exit(f"eval.py: stopped; go on with: python eval.py --resume {folder}")
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if rank == 0:
-        results = read_samples(folder)
-        if args.diagnose:
-            for data in problems:
-                print(f"\n{data}:\n" + diagnose(*(results[f"{Path(data).stem} {decoder}"] for decoder in args.decode.split(","))))
-        else:
-            print("\n" + table(results))
-        (folder / "results.json").write_text(json.dumps({name: summary(samples) for name, samples in results.items()}, indent=1) + "\n")
-        reliability_plot(results, folder / "reliability.png")
-        print(f"\nsamples, results.json and reliability.png: {folder}")
 
 
 if __name__ == "__main__":
