@@ -152,14 +152,14 @@ def collapsed(rows, factor, window=3):
 
 
 def held_out(step, folder, model, tokenizer, head, problems, max_new_tokens, seed, budget):
-    """Greedy and T = 1 accuracy on the held-out problems, printed and returned as the val_ columns ({} without problems). The first three
-    greedy responses go to samples.jsonl."""
+    """Greedy and T = 1 accuracy on the held-out problems, printed and returned as the val_ columns ({} without problems). The first
+    twelve greedy responses go to samples.jsonl."""
     if not problems:
         return {}
     samples = [evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed, budget, "held out") for decoder in ("greedy", "sample")]
     greedy, sampled = map(summary, samples)
     with (folder / "samples.jsonl").open("a") as f:
-        for problem, s in list(zip(problems, samples[0]))[:3]:
+        for problem, s in list(zip(problems, samples[0]))[:12]:
             sample = {"step": step, "set": "held out", "prompt": problem["prompt"], "response": s["response"], "correct": s["correct"]}
             f.write(json.dumps(sample) + "\n")
     print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | "
@@ -183,7 +183,8 @@ def report(folder, rows, select):
               "\nNo label picked the final model: it is the last one. The peak is known only through labels.")
         samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
         at = lambda step: [sample for sample in samples if sample["set"] == "held out" and sample["step"] == step]
-        for before, after in zip(at(which["base"]["step"]), at(which["final"]["step"])):
+        pairs = zip(at(which["base"]["step"]), at(which["final"]["step"]))
+        for before, after in sorted(pairs, key=lambda pair: pair[0]["correct"] == pair[1]["correct"])[:3]:  # those that changed come first
             print(f"\n{before['prompt']}\n  base     {'right' if before['correct'] else 'wrong'}  {before['response']}"
                   f"\n  trained  {'right' if after['correct'] else 'wrong'}  {after['response']}")
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
