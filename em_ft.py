@@ -16,10 +16,10 @@ the sampling:
     objective = -H(pi(. | y_<t)) - beta KL(pi || initial model), over the batch's tokens
 
 EM-FT sees one token ahead, EM-RL the whole response. On the tiny world (python tiny/findings.py, 3 seeds) EM-FT takes the noise out of
-the answers, T = 1 accuracy 50.4 -> 59.5 %, where the habit it starts from is good: short chains, mostly worked. On long chains a
-worked answer pays off only after its first token, which EM-FT cannot see, so it stays with the majority's blurted ones: greedy 53.9 ->
-55.5 %, where EM-RL reaches 99.7 % (token) and 100 % (sequence). Longer training locks the habit in: T = 1 is at 60.2 % after 80 steps
-and at 48.6 % after 120 (python em_ft.py --steps 120).
+the answers, T = 1 accuracy 41.9 -> 56.1 %, where the habit it starts from is good: short chains, mostly worked. On long chains a
+worked answer pays off only after its first token, which EM-FT cannot see, so it stays with the majority's blurted ones: greedy 69.1 ->
+68.1 %, where EM-RL reaches 100 %. Longer training locks the habits in: T = 1 ends at 63.7 % and greedy at 67.4 % after 120 steps
+(python em_ft.py --steps 120).
 
 Departures from the paper (arXiv 2505.15134) and its released trainer:
   - The objective is divided by the tokens of the whole batch, so that every token weighs the same.
