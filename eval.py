@@ -389,7 +389,7 @@ def diagnose(greedy, sampled):
     sequence = auroc([-x["logprob"] * x["length"] for x in sampled], [not x["correct"] for x in sampled])
     verdict = ("unlikely to matter" if len(pairs) < 30 or 0.45 <= within < 0.6 else "likely helps" if within >= 0.6 else "harms")
     return "\n".join([
-        f"greedy {g['accuracy']:.1%}, T = 1 {s['accuracy']:.1%}, pass@{N} {s['pass']:.1%}; {distinct:.1f} distinct answers of {N}",
+        f"greedy {g['accuracy']:.1%}, T = 1 {s['accuracy']:.1%}, pass@{N} {s['pass'][N]:.1%}; {distinct:.1f} distinct answers of {N}",
         f"majority of {N} {majority:.1%}: {majority - g['accuracy']:+.1%} over greedy, {majority - s['accuracy']:+.1%} over T = 1",
         f"AUROC, wrong against right: of entropy {s['auroc']:.3f}, of minus the sequence's log-prob {sequence:.3f}; ECE {s['ece']:.3f}",
         f"within a problem: the right answer is the surer one in {within:.1%} of the pairs ({len(pairs)} of {len(texts)} problems have any)",

@@ -56,7 +56,7 @@ def by_problem(samples, key="correct"):
 
 def summary(samples):
     """Means over samples of one model, data set and decoder, of any seeds: a dict of problems, n (responses a problem and seed), seeds,
-    accuracy, sd (over seeds), low, high (95 % interval of accuracy over problems), pass (pass@n), answered, truncated (shares), length
+    accuracy, sd (over seeds), low, high (95 % interval of accuracy over problems), pass ({k: pass@k}), answered, truncated (shares), length
     (tokens), entropy (nats, mean over all tokens), auroc (of entropy, wrong against right), ece (with confidence exp(mean log-prob of the
     response's tokens)), and of one seed tokens (of the answers), flops and seconds."""
     mean = lambda key: float(np.mean([sample[key] for sample in samples]))
@@ -64,10 +64,12 @@ def summary(samples):
     groups = [list(by_problem(seed).values()) for seed in seeds.values()]
     by_seed = [np.mean([s["correct"] for s in seed]) for seed in seeds.values()]
     low, high = accuracy_interval(mean("correct"), len(by_problem(samples)))
+    n = len(groups[0][0])  # responses to a problem in a seed
+    ks = sorted({k for k in (2, 4, 8, 16, 32, 64, 128) if k < n} | ({n} if n > 1 else set()))
     per_seed = lambda key: sum(sample[key] for sample in samples) / len(seeds)
-    return {"problems": len(by_problem(samples)), "n": len(groups[0][0]), "seeds": len(seeds), "accuracy": mean("correct"),
+    return {"problems": len(by_problem(samples)), "n": n, "seeds": len(seeds), "accuracy": mean("correct"),
             "sd": float(np.std(by_seed, ddof=1)) if len(seeds) > 1 else None, "low": low, "high": high,
-            "pass": float(np.mean([pass_at_k(len(g), sum(g), len(g)) for group in groups for g in group])),
+            "pass": {k: float(np.mean([pass_at_k(n, sum(g), k) for group in groups for g in group])) for k in ks},
             "answered": mean("answered"), "truncated": mean("truncated"), "length": mean("length"),
             "entropy": sum(s["entropy"] * s["length"] for s in samples) / sum(s["length"] for s in samples),
             "auroc": auroc([s["entropy"] for s in samples], [not s["correct"] for s in samples]),
@@ -77,12 +79,12 @@ def summary(samples):
 
 def table(results):
     """{name: samples} -> Markdown, a row for each."""
-    lines = ["| | pass@1 | 95 % over problems | pass@n | answered | truncated | entropy | AUROC | ECE | length | tokens | FLOPs | seconds |"]
+    lines = ["| | pass@1 | 95 % over problems | pass@k | answered | truncated | entropy | AUROC | ECE | length | tokens | FLOPs | seconds |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     for name, samples in results.items():
         r = summary(samples)
         sd = f" ± {r['sd']:.1%}" if r["sd"] is not None else ""
-        passed = f"{r['pass']:.1%} (n = {r['n']})" if r["n"] > 1 else ""
+        passed = ", ".join(f"{k}: {share:.1%}" for k, share in r["pass"].items())
         lines.append(f"| {name} | {r['accuracy']:.1%}{sd} | {r['low']:.1%} to {r['high']:.1%} | {passed} | {r['answered']:.1%} | "
                      f"{r['truncated']:.1%} | {r['entropy']:.3f} | {r['auroc']:.3f} | {r['ece']:.3f} | {r['length']:.1f} | {r['tokens']:,.0f} | "
                      f"{r['flops']:.3g} | {r['seconds']:.1f} |")
