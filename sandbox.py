@@ -96,7 +96,8 @@ def confine():
         call("unshare", NEWNS | NEWPID | NEWNET | NEWIPC)  # the child will be process 1, with which all others end
         call("mount", None, "/", None, REC | PRIVATE, None)  # what is mounted from here on is not seen outside
         call("mount", "tmpfs", folder, "tmpfs", NOSUID | NODEV, "mode=755")
-        python = {sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(os.path.realpath(sys.executable)))}
+        prefixes = {sys.prefix, sys.base_prefix, os.path.dirname(os.path.dirname(os.path.realpath(sys.executable)))}
+        python = {os.path.join(prefix, name) for prefix in prefixes for name in os.listdir(prefix)}  # one may itself be closed to nobody
         system = {"/usr", "/bin", "/lib", "/lib64", "/nix/store", "/etc/alternatives", "/etc/ld.so.cache", "/etc/localtime"}
         for path in sorted(python | system | {"/dev/null", "/dev/zero", "/dev/urandom"}):  # a folder before what is in it
             if os.path.exists(path) and not os.path.exists(folder + path):
