@@ -39,8 +39,8 @@ DECODERS = "greedy,sample,sample@0.1,adaptive-temperature,em-inf,self-consistenc
 class Sharpen(LogitsProcessor):
     """Sharpen the rows whose entropy is at least `delta`, for `model.generate(logits_processor=[...])`: (B, T) ids, (B, V) logits -> (B, V).
 
-    With `compile` all rows go through one compiled function, which pays on a GPU (the first call takes a minute); without, only those
-    that need it. With `record`, `seen` gets 4 x B numbers per call: entropy before and after (nats), was the row adjusted, did any of
+    With `compile` all rows go through one compiled function, meant for a GPU, where nobody has measured it yet; without, only those that
+    need it. With `record`, `seen` gets 4 x B numbers per call: entropy before and after (nats), was the row adjusted, did any of
     its 50 most likely tokens but the first change places; and `seconds` adds up what the sharpening took. Raises ValueError for settings
     out of range and for nan in the logits.
     """
@@ -63,7 +63,7 @@ class Sharpen(LogitsProcessor):
         entropy = in_cache(token_entropy)(scores)  # (B,)
         if entropy.isnan().any():
             raise ValueError(f"{type(self).__name__}: the logits of row {entropy.isnan().nonzero()[0].item()} have nan or +inf in them at "
-                             f"position {input_ids.shape[1]}; does the model overflow in {scores.dtype}?")
+                             f"position {input_ids.shape[1]}; does the model overflow in its precision?")
         if self.compiled:
             after = self.compiled(scores, **self.settings)
         else:
@@ -111,7 +111,7 @@ if __name__ == "__main__":
     parser.add_argument("--kl-weight", type=float, default=0.05, help="of KL(before || after) (default: %(default)s)")
     parser.add_argument("--optimizer", choices=["adam", "sgd"], default="adam", help="of the descent (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.5, help="of adaptive temperature, share of entropy to keep (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the descent: for a GPU, a minute at the start")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the descent: for a GPU; slow at the start")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to SEEDS (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=3072, help="longest response, tokens (default: %(default)s)")
     parser.add_argument("--budget", type=int, default=2**16, help="tokens per generation batch (default: %(default)s)")

@@ -50,6 +50,7 @@ from scores import auroc, by_problem, compare, reliability_plot, summary, table
 HERE = Path(__file__).parent
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # the paper asks for this
 CODE = "Please reason step by step, and put your final program into one ```python block."  # where there are tests
+NOT_ALLOWED = "its answers are programs, and grading runs them: --allow-code-execution (see sandbox.py for what that means)"
 REFINE = "Check this answer step by step, and give a corrected and complete one in the same form."
 SHARPEN = {"em-inf": EMInf, "adaptive-temperature": AdaptiveTemperature}  # what may come before sampling
 SCHEMES = {"greedy": 1, "sample": 1, "self-consistency": 4, "refine": 3}  # how an answer is made, and of how many responses
@@ -118,7 +119,7 @@ def grade(problems, responses, allow_code=False):
     setup and the programs of the problems that it comes after, if any; only with allow_code, else ValueError."""
     code = [i for i, problem in enumerate(problems) if "tests" in problem]
     if code and not allow_code:
-        raise ValueError("its answers are programs, and grading runs them: --allow-code-execution (see sandbox.py for what that means)")
+        raise ValueError(NOT_ALLOWED)
     right = [False if "tests" in problem else is_correct(response, problem) for response, problem in zip(responses, problems)]
     programs, jobs = {}, []
     for i in code:
@@ -475,8 +476,7 @@ def main(argv=None):
             if missing := sum("answer" not in p and "tests" not in p for p in problems[data]):
                 raise ValueError(f"--data {data}: {missing} of its problems have no answer and no tests to grade against")
             if any("tests" in p for p in problems[data]) and not args.allow_code_execution:
-                raise ValueError(f"--data {data}: its answers are programs, and grading runs them: --allow-code-execution (see sandbox.py for what "
-                                 "that means)")
+                raise ValueError(f"--data {data}: {NOT_ALLOWED}")
         cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = args.device or (cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
         if world > 1:

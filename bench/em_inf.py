@@ -10,7 +10,7 @@ in probability from the released algorithm in float64.
 
     released       autograd and torch.optim.Adam, row by row
     ours           entropy.minimize_entropy
-    compiled       the same through torch.compile (with --compile; a minute to start; needs a C++ compiler on a CPU)
+    compiled       the same through torch.compile (with --compile; slow at the start; needs a C++ compiler on a CPU)
     tail held      the tokens less likely than --tail / vocabulary stay where they are, with their share of the normaliser and of the entropy
                    kept exact. How many these are depends on the row: no CUDA graph, no compilation
     sampling       softmax and multinomial, which every sampled step pays

@@ -1,7 +1,7 @@
 """
 The paper's training table in miniature: every way of training, on the tiny world, from the same base model and prompts.
 
-    python tiny/findings.py                     # 3 seeds each; 15 to 30 minutes on 2 CPU cores
+    python tiny/findings.py                     # 3 seeds each; 30 minutes on 2 CPU cores that had other work
     python tiny/findings.py --seeds 1           # a first look
 
 Runs em_ft.py and em_rl.py with their defaults plus the flags below, as many at a time as there are cores, each on one thread, into
