@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import run
 from entropy import k3
-from eval import batches, encode_prompt, generate, load_model, load_problems, output_head, score, score_all, stop_ids
+from eval import RANK, WORLD, batches, encode_prompt, gather, generate, load_model, load_problems, output_head, score, set_up, stop_ids
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), val=str(HERE / "tiny/test.jsonl"),
@@ -69,6 +69,8 @@ def main(argv=None):
     parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in FOLDER; its settings hold unless given again")
     parser.add_argument("--seed", type=int, default=1, help="of everything (default: %(default)s)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of the weights (default: bfloat16 on a GPU that has it)")
+    parser.add_argument("--offload", action=argparse.BooleanOptionalAction, help="float32 masters and Adam in CPU memory (default: if needed)")
     parser.add_argument("--loss", choices=["entropy", "sft"], default="entropy", help="of samples, or of solutions (default: %(default)s)")
     parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL to the initial model; 0: no KL (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=1, metavar="N", help="responses per prompt (default: %(default)s)")
@@ -102,11 +104,9 @@ def main(argv=None):
             raise ValueError(f"--updates {args.updates}: between 1 and the step's {args.prompts} prompts")
 
         # ------------------------------------------------------------------------------------------------------------ set-up
-        device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-        autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")  # weights stay float32: bf16 ones don't move at lr 1e-6
+        device, dtype = set_up(args.device, args.dtype)
         if args.wandb:
             import wandb
-        torch.manual_seed(args.seed)
         train = load_problems(args.data)
         train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
         try:
@@ -118,8 +118,7 @@ def main(argv=None):
             val = []
         if any("answer" not in problem for problem in val):
             raise ValueError(f"--val {args.val}: some of its problems have no answer to grade against; --val none goes without")
-        model, tokenizer = load_model(checkpoint if args.resume else args.model, device)
-        reference = load_model(args.model, device)[0] if args.beta else None
+        model, tokenizer = load_model(checkpoint if args.resume else args.model, "cpu", dtype)
         label = "solution" if args.loss == "sft" else None  # the only label that training can see, and only if asked to
         if label and any(label not in problem for problem in train):
             raise ValueError(f"--data {args.data}: some of its problems have no \"{label}\", and this run learns from it")
@@ -128,14 +127,13 @@ def main(argv=None):
         if len(train) < args.prompts:
             raise ValueError(f"--prompts {args.prompts}: {args.data} has only {len(train)} of at most {args.max_prompt_tokens} tokens")
         stop = stop_ids(model, tokenizer)
-        with autocast:
-            head = output_head(model, train[0][1])
-            ref_head = output_head(reference, train[0][1]) if args.beta else None
         P = sum(p.numel() for p in model.parameters())
-        memory = 16 * P + (4 * P if args.beta else 0)  # bytes: float32 weights, gradients and Adam's two moments; the reference
-        if device == "cuda" and memory > (there := torch.cuda.get_device_properties(0).total_memory):
-            raise ValueError(f"{args.model}: weights, gradients, Adam and reference take {memory / 1e9:.0f} GB before activations, and the "
-                             f"GPU has {there / 1e9:.0f} GB; without the KL (--beta 0) it is {16 * P / 1e9:.0f} GB")
+        most = max(len(prompt) for _, prompt, _ in train) + args.max_new_tokens  # tokens of the longest sequence there can be
+        offload, memory = run.fit(model, device, args.beta, args.offload, args.checkpointing, max(args.budget, most), max(8 * args.budget, most))
+        model.to(device)
+        reference = load_model(args.model, device, dtype)[0] if args.beta else None
+        head = output_head(model, train[0][1])
+        ref_head = output_head(reference, train[0][1]) if args.beta else None
         folder = Path(args.resume) if args.resume else run.new_folder(args.out, NAME)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"{NAME}: {error}")
@@ -143,23 +141,21 @@ def main(argv=None):
     if args.checkpointing:
         name = "activation_checkpointing_enable"  # what late transformers 5 calls it
         getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
-    params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, lr=args.lr)
+    optimizer = run.MasterAdamW(model, args.lr, offload)
     B, N, start, rows = args.prompts, args.rollouts, 0, []
     title = f"{'EM-FT' if args.loss == 'entropy' else 'SFT'}: {args.model}".replace(str(HERE) + "/", "")
     per_token = (2 if args.loss == "entropy" else 0) + 6 + (2 if args.beta else 0)  # FLOPs a parameter and token: sample, train, reference
     if args.resume:
         start, rows = run.restore(folder, checkpoint, optimizer)
-    most = max(len(prompt) for _, prompt, _ in train) + args.max_new_tokens  # tokens of the longest sequence there can be
-    print(f"model: {args.model}, {P / 1e6:,.1f} M parameters on {device}; {memory / 1e9:.3g} GB before activations")
+    print(f"model: {args.model}, {P / 1e6:,.1f} M parameters in {model.dtype}".replace("torch.", "") + f" on {WORLD} x {device}")
+    print(f"memory: {memory}")
     print(f"prompts: {len(train):,} of {args.data}, {'in the' if tokenizer.chat_template else 'plain, since there is no'} chat template")
     print(f"held out: {len(val)} problems of {args.val}")
     print(f"a step: {B} prompts x {N} rollouts = {B * N} sequences of at most {most:,} tokens, "
           f"at most {P * B * N * most * per_token:.2g} FLOPs; {args.steps} steps")
     print(f"results: {folder}", flush=True)
-    (folder / "result.json").unlink(missing_ok=True)  # there is one when a finished run is taken further
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in vars(args).items() if k != "resume"}, indent=1) + "\n")
-    if args.wandb:
+    run.begin(folder, {k: v for k, v in vars(args).items() if k != "resume"})
+    if args.wandb and RANK == 0:
         wandb.init(project=args.wandb, name=folder.name, config=vars(args))
     asked = run.stop_at_next_step()
 
@@ -168,51 +164,47 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------------------------------------------ train
     if not rows:
-        with autocast:
-            rows = [dict.fromkeys(run.COLUMNS, "") | {"step": 0} | held_out(0)]
+        rows = [dict.fromkeys(run.COLUMNS, "") | {"step": 0} | held_out(0)]
         run.write_rows(folder / "metrics.csv", rows)
         if args.select == "val":
             run.save_model(folder / "best", model, tokenizer)
     for step in range(start + 1, args.steps + 1):
         started = time.time()
+        torch.manual_seed(1_000_000 * args.seed + step)  # so a resumed step draws what it would have drawn
 
         # roll out: N responses to each of B prompts, with no top-k or top-p. An epoch is a permutation of the prompts
         position = np.arange((step - 1) * B, step * B)
         epochs = {e: np.random.default_rng((args.seed, e)).permutation(len(train)) for e in set(position // len(train))}
         picks = [epochs[p // len(train)][p % len(train)] for p in position]
         problems, prompts, labels = zip(*[train[i] for i in picks for _ in range(N)])  # B x N, a prompt's rollouts side by side
-        with autocast:
-            responses = [solution_ids(text) for text in labels] if args.loss == "sft" else (
-                generate(model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "rollouts"))
+        responses = [solution_ids(text) for text in labels] if args.loss == "sft" else (
+            generate(model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "rollouts"))
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
         texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
 
         # update: K minibatches of prompts (K = 1: the whole batch, on-policy), each in micro-batches of similar length
         model.train()
-        before = [p.detach().flatten()[:: 1 + p.numel() // 10_000].clone() for p in params]
         sums = torch.zeros(3, device=device)  # of loss, entropy and KL over the tokens
         for minibatch in torch.arange(B * N).view(B, N).chunk(args.updates):
             minibatch = minibatch.flatten().tolist()
             tokens = sum(len(responses[i]) for i in minibatch)
-            for group in tqdm(batches(lengths, args.budget, minibatch), desc="update", leave=False, delay=5):
+            for group in tqdm(batches(lengths, args.budget, minibatch)[RANK::WORLD], desc="update", leave=False, delay=5, disable=RANK > 0):
                 part = [prompts[i] for i in group], [responses[i] for i in group], args.temperature
-                with autocast:
-                    entropy, logprobs, here = score(model, head, *part)  # (b, t): rows end at the right
-                    ref = score_all(reference, ref_head, *part)[1] if args.beta else logprobs.detach()
+                entropy, logprobs, here = score(model, head, *part)  # (b, t): rows end at the right
+                with torch.no_grad():
+                    ref = score(reference, ref_head, *part)[1] if args.beta else logprobs.detach()
                 loss = loss_of(args.loss, entropy, logprobs, ref, here, tokens, args.beta)
                 loss.backward()
                 sums += torch.stack([loss.detach() * tokens, entropy.detach().sum(), k3(logprobs.detach(), ref).sum()])
-            grad_norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            grad_norm, changed = optimizer.step(args.grad_clip)
         model.eval()
-        after = [p.detach().flatten()[:: 1 + p.numel() // 10_000] for p in params]
+        if WORLD > 1:
+            torch.distributed.all_reduce(sums)
 
         # log
         tokens, seconds = sum(map(len, responses)), time.time() - started
         row = {"step": step, **dict(zip(("loss", "entropy", "kl"), (sums / tokens).tolist())),
-               "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N), "grad_norm": grad_norm.item(),
-               "changed": sum((a != b).sum().item() for a, b in zip(after, before)) / sum(map(len, before)),
+               "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N), "grad_norm": grad_norm, "changed": changed,
                "tokens": tokens, "flops": P * sum(lengths) * per_token, "seconds": seconds, "tokens_per_second": tokens / seconds}
         print(f"step {step} | " + " | ".join(f"{key} {row[key]:.4g}" for key in run.COLUMNS[1:] if key in row), flush=True)
         for key in row:
@@ -221,29 +213,27 @@ def main(argv=None):
         # evaluate, and let the guard look
         why = run.collapsed(rows + [row], args.guard)
         last = step == args.steps or why is not None
-        with autocast:
-            rows.append(dict.fromkeys(run.COLUMNS, "") | row | (held_out(step) if last or step % args.eval_every == 0 else {}))
+        rows.append(dict.fromkeys(run.COLUMNS, "") | row | (held_out(step) if last or step % args.eval_every == 0 else {}))
         row = rows[-1]
         if step % args.eval_every == 0:
             sample = {"step": step, "set": "rollout", "prompt": problems[0], "response": texts[0]}
             print(f"  {sample}", flush=True)
-            with (folder / "samples.jsonl").open("a") as f:
-                f.write(json.dumps(sample) + "\n")
-        if args.wandb:
+            run.append(folder / "samples.jsonl", [sample])
+        if args.wandb and RANK == 0:
             wandb.log({k: v for k, v in row.items() if v != ""}, step=step)
 
         # save
+        stop_now = any(gather({RANK: bool(asked)}).values())
         run.write_rows(folder / "metrics.csv", rows)
         measured = [row for row in rows if row["val_greedy"] != ""]
         if args.select == "val" and row in measured and row["val_greedy"] == max(r["val_greedy"] for r in measured):
             run.save_model(folder / "best", model, tokenizer)
-        if last or asked or step % args.save_every == 0:
-            state = {"step": step, "optimizer": optimizer.state_dict(), "random": run.random_state()}
-            run.save_model(folder / "checkpoint", model, tokenizer, state)
+        if last or stop_now or step % args.save_every == 0:
+            run.save_model(folder / "checkpoint", model, tokenizer, {"step": step, "optimizer": optimizer.state()})
             run.plot(rows, folder / "plot.png", title)
         if why:
             print(f"step {step} | the guard stops the run: {why} (no label was read; --guard 0 goes on)")
-        if asked and not last:
+        if stop_now and not last:
             sys.exit(f"{NAME}: stopped after step {step}; go on with: python {NAME} --resume {folder}")
         if last:
             break

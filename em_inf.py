@@ -120,7 +120,7 @@ if __name__ == "__main__":
         parser.set_defaults(**TINY)
     args = parser.parse_args()
     try:
-        device = args.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        device, dtype = ev.set_up(args.device)
         em_inf = EMInf(args.delta, args.lr, args.steps, args.kl_weight, args.optimizer, compile=args.compile, record=True)
         adaptive = AdaptiveTemperature(args.alpha, args.delta, compile=args.compile)
         decoders = args.decode.split(",")
@@ -129,7 +129,7 @@ if __name__ == "__main__":
         problems = [] if args.prompt else ev.load_problems(args.data)[: args.limit]
         if any("answer" not in problem for problem in problems):
             raise ValueError(f"--data {args.data}: some of its problems have no answer to grade against")
-        model, tokenizer = ev.load_model(args.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
+        model, tokenizer = ev.load_model(args.model, device, dtype)
         prompt = ev.encode_prompt(tokenizer, args.prompt or problems[0]["prompt"])
         head = ev.output_head(model, prompt)
     except (OSError, ValueError, ImportError) as error:

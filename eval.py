@@ -24,7 +24,9 @@ The folder of an evaluation: config.json, samples.jsonl (every response, with it
 grader and the numbers are the same for all decoders and models; seeds, intervals and costs stand beside them.
 """
 import argparse
+import atexit
 import collections
+import datetime
 import functools
 import json
 import math
@@ -45,9 +47,10 @@ import sandbox
 from em_inf import AdaptiveTemperature, EMInf
 from entropy import entropy_and_logprob, token_entropy
 from problems import HUB, hub_says, last_box, load_problems, reach_hub
-from scores import auroc, by_problem, compare, reliability_plot, summary, table
+from scores import auroc, by_problem, compare, paired_interval, reliability_plot, summary, table
 
 HERE = Path(__file__).parent
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's processes; without it one, number 0
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # the paper asks for this
 CODE = "Please reason step by step, and put your final program into one ```python block."  # where there are tests
 NOT_ALLOWED = "its answers are programs, and grading runs them: --allow-code-execution (see sandbox.py for what that means)"
@@ -132,6 +135,33 @@ def grade(problems, responses, allow_code=False):
 
 
 # -------------------------------------------------------------------------------------------------------------- model
+
+
+def set_up(device=None, dtype=None):
+    """(device, dtype) to work with, chosen where not given, after joining torchrun's processes, if any; only the first one goes on printing.
+
+    The dtype of the weights is bfloat16 on a GPU that has it, else float32 (on a T4, say): float16 would need its losses scaled.
+    """
+    cuda = f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 else "cuda"
+    device = device or (cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    native = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=6))
+        atexit.register(torch.distributed.destroy_process_group)
+        if RANK:
+            sys.stdout = open(os.devnull, "w")
+    return device, getattr(torch, dtype or ("bfloat16" if native else "float32"))
+
+
+def gather(mine):
+    """A dict of each of torchrun's processes -> one dict with the entries of all of them, in every process."""
+    if WORLD == 1:
+        return mine
+    parts = [None] * WORLD
+    torch.distributed.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def load_model(name, device, dtype=torch.float32):
@@ -237,31 +267,37 @@ def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18
     generation_config says. A response ends with the first of the `stop` ids, which belongs to it, or at max_new_tokens without
     one (truncated). Batches hold at most `budget` tokens, prompts and longest responses together. `processors`, LogitsProcessors of
     transformers, come before the temperature; a `streamer` of transformers gets the tokens of a single prompt as they come.
+
+    torchrun's processes share the batches and all get all responses. Each batch has a seed of its own, drawn from the global random
+    state, so that it gives the same responses whoever runs it.
     """
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
     config = GenerationConfig(**sampling, max_new_tokens=max_new_tokens, eos_token_id=list(stop), pad_token_id=stop[0])
-    responses = [None] * len(prompts)
+    groups, responses = batches([len(p) + max_new_tokens for p in prompts], budget), {}
+    seeds = torch.randint(2**62, (len(groups),)).tolist()
     was_training, own_config = model.training, model.generation_config
     model.eval()
     model.generation_config = config  # generate() fills what we leave open from here, so nothing of the checkpoint's stays
     try:
-        bar = tqdm(total=len(prompts), desc=desc, unit="response", leave=False, delay=5, disable=desc is None)
-        for group in batches([len(p) + max_new_tokens for p in prompts], budget):
-            inputs = pad_left([prompts[i] for i in group], model.device)
-            output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config,
-                                    logits_processor=LogitsProcessorList(processors), streamer=streamer)
-            for i, row in zip(group, output[:, inputs["input_ids"].shape[1] :].tolist()):
-                end = next((t for t, token in enumerate(row) if token in stop), len(row) - 1)
-                responses[i] = row[: end + 1]
-            for processor in processors:
-                if getattr(processor, "seen", None):
-                    processor.keep([len(responses[i]) for i in group])
-            bar.update(len(group))
-        bar.close()
+        with (torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
+              tqdm(total=len(prompts), desc=desc, unit="response", leave=False, delay=5, disable=desc is None or RANK > 0) as bar):
+            for group, seed in list(zip(groups, seeds))[RANK::WORLD]:
+                torch.manual_seed(seed)
+                inputs = pad_left([prompts[i] for i in group], model.device)
+                output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config,
+                                        logits_processor=LogitsProcessorList(processors), streamer=streamer)
+                for i, row in zip(group, output[:, inputs["input_ids"].shape[1] :].tolist()):
+                    end = next((t for t, token in enumerate(row) if token in stop), len(row) - 1)
+                    responses[i] = row[: end + 1]
+                for processor in processors:
+                    if getattr(processor, "seen", None):
+                        processor.keep([len(responses[i]) for i in group])
+                bar.update(WORLD * len(group))
     finally:
         model.generation_config = own_config
         model.train(was_training)
-    return responses
+    responses = gather(responses)
+    return [responses[i] for i in range(len(prompts))]
 
 
 def score(model, head, prompts, responses, temperature=1.0):
@@ -283,12 +319,15 @@ def score(model, head, prompts, responses, temperature=1.0):
 
 @torch.no_grad()
 def score_all(model, head, prompts, responses, temperature=1.0, budget=2**16):
-    """`score` in micro-batches of at most `budget` tokens, without a graph. Rows in the order given."""
+    """`score` in micro-batches of at most `budget` tokens, without a graph; torchrun's processes share them. Rows in the order given."""
     T = max(map(len, responses))
     values = torch.zeros(3, len(responses), T, device=model.device)  # entropy, logprobs, mask
-    for group in tqdm(batches([len(p) + len(r) for p, r in zip(prompts, responses)], budget), desc="score", leave=False, delay=5):
+    groups = batches([len(p) + len(r) for p, r in zip(prompts, responses)], budget)[RANK::WORLD]
+    for group in tqdm(groups, desc="score", leave=False, delay=5, disable=RANK > 0):
         part = score(model, head, [prompts[i] for i in group], [responses[i] for i in group], temperature)  # (b, t) each
         values[:, group, T - part[0].shape[1] :] = torch.stack([x.float() for x in part])  # rows end at the right
+    if WORLD > 1:
+        torch.distributed.all_reduce(values)
     return values[0], values[1], values[2].bool()
 
 
@@ -364,7 +403,8 @@ def evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed=0, 
     seconds = (time.time() - started) / len(problems)
     entropy, logprobs, _ = (x.double().sum(-1).tolist() for x in score_all(model, head, prompts, responses, budget=budget // 4))
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
-    rows = zip(problems, responses, texts, grade(problems, texts, allow_code), spent, entropy, logprobs)
+    right = gather({0: grade(problems, texts, allow_code)} if RANK == 0 else {})[0]  # by one process, so that all agree
+    rows = zip(problems, responses, texts, right, spent, entropy, logprobs)
     return [{"id": problem["id"], "decoder": decoder, "seed": seed, "response": text, "correct": correct,
              "answered": (sandbox.extract_program if "tests" in problem else last_box)(text) is not None, "truncated": ids[-1] not in stop, "length": len(ids),
              "entropy": H / len(ids), "logprob": l / len(ids), "flops": 2 * P * n, "seconds": seconds, "answer": problem.get("answer")}
@@ -374,27 +414,40 @@ def evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed=0, 
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def diagnose(greedy, sampled):
-    """Will entropy minimisation help this model on these problems? Samples of greedy decoding, and N a problem at T = 1 -> text.
+def diagnosis(greedy, sampled):
+    """Will entropy minimisation help this model on these problems? Samples of greedy decoding, and N a problem at T = 1 -> a dict.
 
-    EM-RL raises the surer of a problem's responses, so what decides is whether they are the right ones: the share of pairs of a right and a
-    wrong response to the same problem where the right one has the lower entropy (0.5 is chance). Rule: from 0.6 on EM likely helps, under
-    0.45 it harms, between them, or with fewer than 30 problems that have such pairs, it is unlikely to matter.
+    EM-RL raises the surer of a problem's responses, so what decides is whether they are the right ones. `within`: the share of pairs of a
+    right and a wrong response to the same problem where the right one has the lower entropy, mean over the `problems` that have such pairs;
+    0.5 is chance; `low` and `high` are its 95 % interval over these problems. `verdict`: EM "likely helps" where the interval lies above
+    0.5, "harms" where it lies below, and else, or with fewer than 30 such problems, is "unlikely to matter". For comparison: accuracy `greedy`,
+    `sampled` and of the `majority` of N, `passed` (pass@N), `distinct` answers of N, `auroc` and `sequence` (of entropy and of minus the
+    sequence's log-prob, wrong against right, over all responses), `ece`.
     """
     entropies, right, texts = (by_problem(sampled, key) for key in ("entropy", "correct", "response"))
-    pairs = {i: auroc(entropies[i], np.logical_not(right[i])) for i in entropies if 0 < sum(right[i]) < len(right[i])}
-    within = float(np.mean(list(pairs.values()))) if pairs else math.nan
-    majority = np.mean([right[i][most_agreed(texts[i])] for i in texts])
-    distinct = np.mean([len({last_box(text) for text in group}) for group in texts.values()])
-    g, s, N = summary(greedy), summary(sampled), len(next(iter(texts.values())))
-    sequence = auroc([-x["logprob"] * x["length"] for x in sampled], [not x["correct"] for x in sampled])
-    verdict = ("unlikely to matter" if len(pairs) < 30 or 0.45 <= within < 0.6 else "likely helps" if within >= 0.6 else "harms")
+    pairs = [auroc(entropies[i], np.logical_not(right[i])) for i in entropies if 0 < sum(right[i]) < len(right[i])]
+    within, low, high = paired_interval([0.0] * len(pairs), pairs) if pairs else (math.nan,) * 3
+    verdict = "unlikely to matter" if len(pairs) < 30 or low <= 0.5 <= high else "likely helps" if within > 0.5 else "harms"
+    s = summary(sampled)
+    return {"verdict": verdict, "within": within, "low": low, "high": high, "problems": len(pairs), "of": len(texts), "n": s["n"],
+            "greedy": summary(greedy)["accuracy"], "sampled": s["accuracy"], "passed": s["pass"][s["n"]],
+            "majority": float(np.mean([right[i][most_agreed(texts[i])] for i in texts])),
+            "distinct": float(np.mean([len({last_box(text) for text in group}) for group in texts.values()])), "auroc": s["auroc"],
+            "sequence": auroc([-x["logprob"] * x["length"] for x in sampled], [not x["correct"] for x in sampled]), "ece": s["ece"]}
+
+
+def diagnose(greedy, sampled):
+    """`diagnosis` as text."""
+    d = diagnosis(greedy, sampled)
     return "\n".join([
-        f"greedy {g['accuracy']:.1%}, T = 1 {s['accuracy']:.1%}, pass@{N} {s['pass'][N]:.1%}; {distinct:.1f} distinct answers of {N}",
-        f"majority of {N} {majority:.1%}: {majority - g['accuracy']:+.1%} over greedy, {majority - s['accuracy']:+.1%} over T = 1",
-        f"AUROC, wrong against right: of entropy {s['auroc']:.3f}, of minus the sequence's log-prob {sequence:.3f}; ECE {s['ece']:.3f}",
-        f"within a problem: the right answer is the surer one in {within:.1%} of the pairs ({len(pairs)} of {len(texts)} problems have any)",
-        f"\nEntropy minimisation {verdict} here. Rule: likely helps from 60 % on, harms under 45 %, else unlikely to matter; 30 problems at least."])
+        f"greedy {d['greedy']:.1%}, T = 1 {d['sampled']:.1%}, pass@{d['n']} {d['passed']:.1%}; {d['distinct']:.1f} distinct answers of {d['n']}",
+        f"majority of {d['n']} {d['majority']:.1%}: {d['majority'] - d['greedy']:+.1%} over greedy, {d['majority'] - d['sampled']:+.1%} over T = 1",
+        f"AUROC, wrong against right: of entropy {d['auroc']:.3f}, of minus the sequence's log-prob {d['sequence']:.3f}; ECE {d['ece']:.3f}",
+        f"within a problem: the right answer is the surer one in {d['within']:.1%} of the pairs, 95 % interval {d['low']:.1%} to {d['high']:.1%} "
+        f"({d['problems']} of {d['of']} problems have any)",
+        f"\nEntropy minimisation {d['verdict']} here: it {'can go either way' if d['verdict'].startswith('un') else 'will follow'} "
+        "an order of the model's answers that is " + {"likely helps": "right more often than not.", "harms": "wrong more often than not.",
+        "unlikely to matter": "no better and no worse than chance, as far as these problems tell."}[d["verdict"]]])
 
 
 def run_decoders(model, tokenizer, head, problems, decoders, seeds, max_new_tokens, budget, temperature, sharpen=SHARPEN):
@@ -413,13 +466,13 @@ def run_decoders(model, tokenizer, head, problems, decoders, seeds, max_new_toke
 def read_samples(folder):
     """{"DATA DECODER": samples} of an evaluation's folder, in the order of its jobs."""
     samples, results = {}, {}
-    for path in sorted(Path(folder).glob("samples*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                sample = json.loads(line)
-            except json.JSONDecodeError:  # blank, or cut short by a kill; its part is done again, and comes later
-                continue
-            samples[sample["job"], sample["part"], sample["place"]] = sample
+    path = Path(folder) / "samples.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            sample = json.loads(line)
+        except json.JSONDecodeError:  # blank, or cut short by a kill; its part is done again, and comes later
+            continue
+        samples[sample["job"], sample["part"], sample["place"]] = sample
     for _, sample in sorted(samples.items()):
         results.setdefault(f"{Path(sample['data']).stem} {sample['decoder']}", []).append(sample)
     return results
@@ -446,7 +499,6 @@ def main(argv=None):
     parser.add_argument("--compare", nargs=2, metavar="FOLDER", help="paired difference between two evaluations on the same problems")
     parser.add_argument("--diagnose", action="store_true", help="will EM help this model on these problems? 256 of them, 4 answers each")
     args = parser.parse_args(argv)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         for folder in args.compare or [args.regrade] * bool(args.regrade):
             if not read_samples(folder):
@@ -477,14 +529,11 @@ def main(argv=None):
                 raise ValueError(f"--data {data}: {missing} of its problems have no answer and no tests to grade against")
             if any("tests" in p for p in problems[data]) and not args.allow_code_execution:
                 raise ValueError(f"--data {data}: {NOT_ALLOWED}")
-        cuda = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = args.device or (cuda if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-        if world > 1:
-            torch.distributed.init_process_group("gloo")
-        model, tokenizer = load_model(args.model, device, torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        device, dtype = set_up(args.device)
+        model, tokenizer = load_model(args.model, device, dtype)
         head = output_head(model, encode_prompt(tokenizer, next(iter(problems.values()))[0]["prompt"]))
         folder = Path(args.resume or args.out or f"runs/eval-{time.strftime('%Y%m%d-%H%M%S')}")
-        if not args.resume and rank == 0:
+        if not args.resume and RANK == 0:
             if (folder / "config.json").exists():
                 raise FileExistsError(f"{folder} holds an evaluation: go on with it by --resume {folder}, or give another --out")
             folder.mkdir(parents=True, exist_ok=True)
@@ -492,8 +541,6 @@ def main(argv=None):
             (folder / "config.json").write_text(json.dumps(keep, indent=1) + "\n")
     except (OSError, ValueError) as error:
         sys.exit(f"eval.py: {error}")
-    if world > 1:
-        torch.distributed.barrier()  # the folder is there
     # a job is one seed of one decoder on one data set; a part of it is written at once, with randomness of its own
     times = lambda decoder: args.n if schemes[decoder][2] else 1  # greedy decoding has no chance in it
     jobs = [(data, decoder, seed) for data, decoder in names for seed in range(1, args.seeds + 1) if seed == 1 or schemes[decoder][2]]
@@ -501,12 +548,12 @@ def main(argv=None):
     size = lambda job, part: min(args.part, len(problems[jobs[job][0]]) * times(jobs[job][1]) - part)
     counts = collections.Counter((s["job"], s["part"]) for samples in read_samples(folder).values() for s in samples) if args.resume else {}
     done = {part for part in parts if counts.get(part) == size(*part)}  # one that a kill has cut short is done again
-    if rank == 0:
-        print(f"{args.model} on {', '.join(f'{len(p)} problems of {data}' for data, p in problems.items())}; {world} x {device}; prompt: "
-              + ("chat template" if tokenizer.chat_template else "plain, since there is no chat template"))
-        print(f"results: {folder}" + (f", which holds {len(done)} of {len(parts)} parts" if done else ""), flush=True)
+    done = gather({RANK: done})[0]  # what the first process saw, before it writes more
+    print(f"{args.model} on {', '.join(f'{len(p)} problems of {data}' for data, p in problems.items())}; {WORLD} x {device}; prompt: "
+          + ("chat template" if tokenizer.chat_template else "plain, since there is no chat template"))
+    print(f"results: {folder}" + (f", which holds {len(done)} of {len(parts)} parts" if done else ""), flush=True)
     try:
-        for job, part in (bar := tqdm([part for part in parts if part not in done][rank::world], unit="part", leave=False, delay=5)):
+        for job, part in (bar := tqdm([part for part in parts if part not in done], unit="part", leave=False, delay=5, disable=RANK > 0)):
             data, decoder, seed = jobs[job]
             bar.set_description(f"{Path(data).stem} {decoder}, seed {seed}")
             some = [problem for problem in problems[data] for _ in range(times(decoder))][part : part + args.part]
@@ -514,12 +561,10 @@ def main(argv=None):
                                args.temperature, allow_code=args.allow_code_execution)
             lines = [json.dumps({"job": job, "part": part, "place": place, "data": data} | sample | {"seed": seed}) + "\n"
                      for place, sample in enumerate(samples)]
-            with (folder / f"samples{rank or ''}.jsonl").open("a") as f:
-                f.write("\n" * (f.tell() > 0) + "".join(lines))  # a blank line, in case a kill has left half a one
-        if world > 1:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-        if rank == 0:
+            if RANK == 0:
+                with (folder / "samples.jsonl").open("a") as f:
+                    f.write("\n" * (f.tell() > 0) + "".join(lines))  # a blank line, in case a kill has left half a one
+        if RANK == 0:
             results = read_samples(folder)
             if args.diagnose:
                 for data in problems:

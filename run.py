@@ -1,11 +1,12 @@
 """
-What a training run leaves behind, and how it is taken up again: the parts that em_ft.py and em_rl.py share word for word.
+What em_ft.py and em_rl.py share word for word: the optimiser's step, and what a run leaves behind and how it is taken up again.
 
     runs/NAME/config.json      every setting
               metrics.csv      one row a step; row 0 is the base model
               samples.jsonl    responses, to read
               plot.png         entropy, accuracy and length against steps
-              checkpoint/      the latest model, an ordinary Hugging Face folder, and state.pt, what --resume needs besides
+              checkpoint/      the latest model, an ordinary Hugging Face folder, and what --resume needs besides: state.pt, and
+                               with torchrun one such file of each process, to be read by any number of them
               best/            with --select val: the model with the best held-out greedy accuracy
               result.json      base, peak and final accuracy; its presence says that the run has ended
 
@@ -17,7 +18,7 @@ The columns of metrics.csv, empty where a step did not measure something:
     length, truncated  response tokens, eos included; share of responses that reached --max-new-tokens without one
     kl                 nats per token, k3 estimate of KL(policy || initial model) on the step's responses
     grad_norm          before clipping
-    changed            share of the weights that the step changed, in a sample of at most 10,000 of each tensor
+    changed            share of the (float32) weights that the step's last update changed, in a sample of at most 10,000 of each tensor
     tokens, flops      response tokens; FLOPs by the paper's count, parameters x tokens (the prompts' too) x 2 to sample, 6 to train, 2 for
                        the reference
     seconds, tokens_per_second      of the step without evaluation; response tokens over these seconds
@@ -26,7 +27,9 @@ The columns of metrics.csv, empty where a step did not measure something:
     val_length, val_truncated       of the greedy responses
 """
 import csv
+import functools
 import json
+import os
 import shutil
 import signal
 import sys
@@ -35,14 +38,130 @@ from pathlib import Path
 
 import torch
 
-from eval import evaluate, summary
+from eval import RANK, WORLD, evaluate, gather, summary
 
 COLUMNS = ("step entropy loss reward reward_std length truncated kl grad_norm changed tokens flops seconds tokens_per_second "
            "val_greedy val_sampled val_entropy val_length val_truncated").split()
 
 
+def memory_of(device):
+    """Bytes of memory that a device has."""
+    return (torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def memory(model, device, reference, offload, checkpointing, tokens, cached):
+    """Estimated peak of a step in bytes, by purpose: (on the model's device, in CPU memory besides).
+
+    An update holds `tokens` tokens at once, the rollouts before it `cached`; the larger of the two counts. P parameters of b bytes take b P,
+    as much again for a reference, 4 P for gradients (float32), and 12 P / processes for masters and Adam (8 P where weights are float32). A layer keeps
+    some 12 widths of hidden state and 4 of the MLP per token for its backward; with checkpointing one layer does, the others keep their input.
+    """
+    config, P, b = model.config.get_text_config(), sum(p.numel() for p in model.parameters()), model.dtype.itemsize
+    D, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    heads = config.num_attention_heads
+    head_dim, kv_heads = getattr(config, "head_dim", None) or D // heads, getattr(config, "num_key_value_heads", None) or heads
+    layer = tokens * b * (12 * D + 4 * (getattr(config, "intermediate_size", None) or 4 * D))
+    activations = (layer + L * tokens * b * D if checkpointing else L * layer) + (4 + b) * V * D + 12 * (2**26 if device.startswith("cuda") else 2**20)  # these are the output head's
+    cache = cached * b * L * 2 * kv_heads * head_dim
+    here = {"weights": b * P, "reference": b * P if reference else 0, "gradients and activations": 4 * P + activations, "rollouts": cache}
+    smaller = min("gradients and activations", "rollouts", key=here.get)
+    optimizer = {"masters and Adam": (12 if offload or b < 4 else 8) * P // WORLD}
+    del here[smaller]
+    return (here, {key: WORLD * n for key, n in optimizer.items()}) if offload else (here | optimizer, {})
+
+
+def fit(model, device, reference, offload, *sizes):
+    """Does it fit? -> (offload, a line that says what takes what). `offload` None: only if it does not fit otherwise, and on a GPU.
+    Raises ValueError, with the gigabytes, where nothing fits. `sizes` are the rest of what `memory` takes."""
+    for offload in [False, device.startswith("cuda")] if offload is None else [offload]:
+        parts = memory(model, device, reference, offload, *sizes)
+        said = "; ".join(f"{sum(part.values()) / 1e9:.3g} of {memory_of(where) / 1e9:.3g} GB on {where}: "
+                         + ", ".join(f"{key} {n / 1e9:.3g}" for key, n in part.items() if n)
+                         for part, where in zip(parts, (device, "the CPU")) if part)
+        if all(sum(part.values()) <= memory_of(where) for part, where in zip(parts, (device, "cpu"))):
+            return offload, said
+    raise ValueError(f"this needs {said}. Take a smaller model, fewer tokens at once (--budget, --max-new-tokens), or do without the "
+                     "KL's reference (--beta 0)" + ("" if offload else ", or keep masters and Adam on the CPU (--offload)"))
+
+
+class MasterAdamW:
+    """AdamW on float32 master copies of a model's weights: bfloat16 weights do not move at a learning rate of 1e-6.
+
+    Each of torchrun's processes keeps the masters and Adam's two moments of its share of the tensors, 12 bytes a parameter, on the weights'
+    device or, with `offload`, in CPU memory, where torch's fused AdamW steps them (ZeRO stage 1). Gradients are summed in float32 over
+    micro-batches and processes. Weights that are float32 where they are to be stepped are their own masters.
+    """
+
+    def __init__(self, model, lr, offload=False):
+        self.params = list(model.parameters())
+        by_size = sorted(range(len(self.params)), key=lambda i: self.params[i].numel())  # neighbours are of one size: shares come out even
+        self.owner = {i: place % WORLD for place, i in enumerate(by_size)}
+        self.sums = {}  # float32 gradients, by place, of weights that are not float32
+        for i, p in enumerate(self.params):
+            if p.dtype != torch.float32:
+                p.register_post_accumulate_grad_hook(functools.partial(self.add, i))
+        self.masters = {i: p if p.dtype == torch.float32 and not offload else p.detach().to("cpu" if offload else p.device, torch.float32, copy=True)
+                        for i, p in enumerate(self.params) if self.owner[i] == RANK}
+        self.adam = torch.optim.AdamW(self.masters.values(), lr=lr, fused=True if offload else None)
+        largest = max(p.numel() for p in self.params)  # through pinned memory a copy is several times as fast
+        self.stage = torch.empty(largest, pin_memory=True) if offload and self.params[0].is_cuda else None
+
+    def add(self, i, p):
+        self.sums[i] = self.sums[i].add_(p.grad) if i in self.sums else p.grad.float()
+        p.grad = None
+
+    @torch.no_grad()
+    def step(self, clip):
+        """One update from the gradients so far, clipped to norm `clip` -> (their norm, share of the weights that changed, in a sample)."""
+        grads = {}
+        for i, p in enumerate(self.params):
+            grad, p.grad = p.grad if p.dtype == torch.float32 else self.sums.pop(i, None), None
+            if WORLD > 1:
+                grad = torch.zeros_like(p, dtype=torch.float32) if grad is None else grad  # this process may have had no micro-batch
+                torch.distributed.all_reduce(grad)
+            if grad is not None:
+                grads[i] = grad
+        norm = torch.nn.utils.get_total_norm(grads.values())
+        scale, changed, seen = (clip / (norm + 1e-6)).clamp(max=1.0), 0, 0
+        for i, grad in grads.items():
+            if i in self.masters:
+                master, some = self.masters[i], slice(None, None, 1 + grad.numel() // 10_000)
+                before = master.flatten()[some].clone()
+                grad = grad.mul_(scale) if self.stage is None else self.stage[: grad.numel()].view_as(grad).copy_(grad.mul_(scale))
+                master.grad = grad.to(master.device)
+                self.adam.step()  # of this tensor alone: the others have no gradient, and none takes memory beside this one's
+                master.grad = None
+                changed, seen = changed + (master.flatten()[some] != before).sum().item(), seen + before.numel()
+                if master is not self.params[i]:
+                    self.params[i].copy_(master)
+            if WORLD > 1:
+                torch.distributed.broadcast(self.params[i].detach(), self.owner[i])
+        shares = gather({RANK: (changed, seen)}).values()
+        return norm.item(), sum(changed for changed, _ in shares) / sum(seen for _, seen in shares)
+
+    def state(self):
+        """{place of a tensor in the model: its moments, and its master where that is not the weight itself} of this process's share."""
+        return {i: dict(self.adam.state[m], **({} if m is self.params[i] else {"master": m})) for i, m in self.masters.items()}
+
+    def load(self, state):
+        """Take up this process's share of a `state` of all tensors."""
+        with torch.no_grad():
+            for i, m in self.masters.items():
+                moments = {key: x if key == "step" else x.to(m.device) for key, x in state[i].items()}
+                m.copy_(moments.pop("master", m))
+                self.adam.state[m] = moments
+
+
+def first_only(function):
+    """A function that only the first of torchrun's processes runs: what writes or prints."""
+    return function if RANK == 0 else lambda *args, **kwargs: None
+
+
 def new_folder(out, script):
     """Make a run's folder. `out` None: runs/SCRIPT-TIME. Raises FileExistsError rather than overwrite a run."""
+    if RANK:
+        return gather({})[0]
     stem = Path("runs") / f"{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, n = Path(out) if out else stem, 2
     while not out and folder.exists():
@@ -54,22 +173,33 @@ def new_folder(out, script):
     if (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds a run that ended before its first checkpoint: remove it, or give another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return gather({0: folder})[0]
+
+
+@first_only
+def begin(folder, settings):
+    """Write config.json; result.json, which a finished run has that is now taken further, goes."""
+    (folder / "result.json").unlink(missing_ok=True)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def save_model(folder, model, tokenizer, state=None):
-    """Write an ordinary Hugging Face folder, and `state` as state.pt beside it. A kill at any moment leaves the old one or the new."""
+    """Write an ordinary Hugging Face folder, and each process's `state` beside it. A kill at any moment leaves the old one or the new."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
-    tokenizer.save_pretrained(new)
+    if RANK == 0:
+        shutil.rmtree(new, ignore_errors=True)
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+    gather({})  # wait for one another
     if state is not None:
-        torch.save(state, new / "state.pt")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        torch.save(state, new / f"state{RANK or ''}.pt")
+    gather({})
+    if RANK == 0:
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoint_of(folder):
@@ -80,23 +210,27 @@ def checkpoint_of(folder):
     raise FileNotFoundError(f"{folder}: no checkpoint/state.pt in it, so there is nothing to resume; start again with another --out")
 
 
-def random_state():
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
 def restore(folder, checkpoint, optimizer):
-    """Put optimiser and random state back as they were after the checkpoint's step, and forget what was logged later: (step, rows)."""
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"]["cpu"])
-    if state["random"]["cuda"]:
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
-    path = folder / "samples.jsonl"
+    """Put the optimiser back as it was after the checkpoint's step, and forget what was logged later: (step, rows)."""
+    states = [torch.load(path, weights_only=True, mmap=True) for path in checkpoint.glob("state*.pt")]  # of as many processes as there were
+    optimizer.load({i: moments for state in states for i, moments in state["optimizer"].items()})
+    step, path = states[0]["step"], folder / "samples.jsonl"
+    rows = [row for row in read_rows(folder / "metrics.csv") if row["step"] <= step]
     lines = path.read_text().splitlines() if path.exists() else []  # none without held-out problems and before the first sample
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]))
-    return state["step"], [row for row in read_rows(folder / "metrics.csv") if row["step"] <= state["step"]]
+    gather({})  # all have read
+    if RANK == 0:
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    return step, rows
 
 
+@first_only
+def append(path, rows):
+    """Add rows (dicts) to a JSONL file."""
+    with path.open("a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@first_only
 def write_rows(path, rows):
     """Rows (dicts with equal keys) as a CSV file, replaced in one go."""
     new = path.with_name(path.name + ".new")
@@ -158,16 +292,16 @@ def held_out(step, folder, model, tokenizer, head, problems, max_new_tokens, see
         return {}
     samples = [evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed, budget, "held out") for decoder in ("greedy", "sample")]
     greedy, sampled = map(summary, samples)
-    with (folder / "samples.jsonl").open("a") as f:
-        for problem, s in list(zip(problems, samples[0]))[:12]:
-            sample = {"step": step, "set": "held out", "prompt": problem["prompt"], "response": s["response"], "correct": s["correct"]}
-            f.write(json.dumps(sample) + "\n")
+    append(folder / "samples.jsonl", [
+        {"step": step, "set": "held out", "prompt": problem["prompt"], "response": s["response"], "correct": s["correct"]}
+        for problem, s in list(zip(problems, samples[0]))[:12]])
     print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} [{greedy['low']:.1%}, {greedy['high']:.1%}] | "
           f"T = 1 {sampled['accuracy']:.1%}", flush=True)
     return {"val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"], "val_entropy": sampled["entropy"],
             "val_length": greedy["length"], "val_truncated": greedy["truncated"]}
 
 
+@first_only
 def report(folder, rows, select):
     """Print base, peak and final held-out accuracy, who picked the final model, and three problems before and after; write result.json."""
     measured = [row for row in rows if row["val_greedy"] != ""]
@@ -191,6 +325,7 @@ def report(folder, rows, select):
     print(f"\nmodel: {folder / ('best' if select == 'val' else 'checkpoint')}, figure: {folder / 'plot.png'}")
 
 
+@first_only
 def plot(rows, path, title):
     """Entropy, held-out accuracy and length against steps, as a PNG."""
     import matplotlib

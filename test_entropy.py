@@ -1155,11 +1155,12 @@ def test_sft_loss_is_the_one_of_transformers(kind):
 def test_what_was_sampled_is_scored_at_the_same_temperature(script, tmp_path, monkeypatch):
     """Sampling at 0.9 and scoring at 1, a slip of others. The reference's log-probs count as well."""
     seen = {}
-    for name, place in ("generate", 4), ("score", 4), ("score_all", 4):
+    names = ["generate", "score"] + ["score_all"] * hasattr(script, "score_all")
+    for name, place in zip(names, (4, 4, 4)):
         inner = getattr(script, name)
         monkeypatch.setattr(script, name, lambda *args, name=name, place=place, inner=inner: seen.setdefault(name, []).append(args[place]) or inner(*args))
     script.main(FAST + ["--val", "none", "--steps", "1", "--beta", "0.1", "--rollouts", "2", "--temperature", "0.7", "--out", str(tmp_path / "run")])
-    assert set(seen) == {"generate", "score", "score_all"} and {t for calls in seen.values() for t in calls} == {0.7}
+    assert set(seen) == set(names) and {t for calls in seen.values() for t in calls} == {0.7}
 
 
 # ----------------------------------------------------------------------------------------------------------------- sandbox.py
@@ -1575,6 +1576,153 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(tmp_path, monkeypatch):
     data.write_text("")
     fails(model + ["--data", str(data)], "no problems")
     assert sorted(tmp_path.iterdir()) == [data]
+
+
+# ------------------------------------------------------------------------------- float32 masters, memory, torchrun's processes
+
+
+def trained(model, optimizer, steps, lr, clip=1.0, dtype=None):
+    """Ten or so steps on seeded random tokens. optimizer None: torch's own AdamW on the model's parameters, gradients rounded to `dtype`."""
+    plain = torch.optim.AdamW(model.parameters(), lr=lr) if optimizer is None else None
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        for _ in range(2):  # micro-batches
+            ids = torch.randint(0, 200, (4, 12), generator=rng)
+            model(input_ids=ids, labels=ids).loss.backward()
+        if plain:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            plain.step()
+            plain.zero_grad()
+        else:
+            optimizer.step(clip)
+    return model
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_masters_in_cpu_memory_or_not_take_the_steps_of_plain_adamw(offload):
+    """Stepping one tensor at a time while the others' gradients were still there stepped the later ones many times."""
+    plain, ours = random_model("qwen2"), random_model("qwen2")
+    optimizer = run.MasterAdamW(ours, 1e-3, offload)
+    assert all((m is p) != offload for m, p in zip(optimizer.masters.values(), optimizer.params))
+    trained(plain, None, 10, 1e-3)
+    trained(ours, optimizer, 10, 1e-3)
+    for a, b, m in zip(plain.parameters(), ours.parameters(), optimizer.masters.values()):
+        assert (b - a).abs().max() < 1e-6 and torch.equal(b, m) and b.grad is None  # of updates of some 1e-2
+
+
+def test_bf16_weights_stand_still_at_a_small_rate_and_their_masters_move_like_float32():
+    """At lr 1e-6 an update is far under half of a bf16 weight's last digit: without float32 masters training does nothing."""
+    start = [p.detach().clone() for p in random_model("qwen2").to(torch.bfloat16).float().parameters()]
+    alone, full, ours = (random_model("qwen2").to(torch.bfloat16) for _ in range(3))
+    full = full.float()  # from the same, rounded weights
+    optimizer = run.MasterAdamW(ours, 1e-6)
+    for model, how in (alone, None), (full, None), (ours, optimizer):
+        trained(model, how, 10, 1e-6)
+    moved = lambda weights: torch.cat([(a.detach().float() - b).flatten() for a, b in zip(weights, start)])
+    masters = [optimizer.masters[i] for i in range(len(start))]
+    share = lambda weights: (moved(weights) != 0).float().mean()
+    assert share(alone.parameters()) < 0.1 < 0.9 < share(masters) and share(full.parameters()) > 0.9
+    assert moved(masters).norm().item() == pytest.approx(moved(full.parameters()).norm().item(), rel=0.05)
+    assert torch.nn.functional.cosine_similarity(moved(masters), moved(full.parameters()), dim=0) > 0.9  # the gradients are bf16's
+    assert all(torch.equal(p, m.to(torch.bfloat16)) for p, m in zip(ours.parameters(), masters))
+
+
+def test_gradients_of_bf16_weights_are_summed_in_float32():
+    """256 + 1 is 256 in bf16: a thousand small micro-batches would be lost on one large one."""
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    optimizer = run.MasterAdamW(model, 1e-3)
+    for x in [256.0] + [1.0] * 100:
+        model(torch.tensor([[x]], dtype=torch.bfloat16)).sum().backward()
+    assert optimizer.sums[0].item() == 356 and model.weight.grad is None
+    assert optimizer.step(1.0)[0] == 356
+
+
+def test_the_processes_shares_are_even_and_each_tensor_has_one_owner(monkeypatch):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                                                                         num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+                                                                         tie_word_embeddings=False), dtype=torch.float32)
+    sizes = [p.numel() for p in model.parameters()]
+    monkeypatch.setattr(run, "WORLD", 8)
+    owner = run.MasterAdamW(model, 1e-6).owner
+    shares = [sum(n for i, n in enumerate(sizes) if owner[i] == rank) for rank in range(8)]
+    assert sum(shares) == sum(sizes) == 7_615_616_512 and max(shares) < 1.5 * sum(sizes) / 8
+
+
+def test_the_batches_of_a_rollout_give_the_same_whoever_runs_them(tiny, monkeypatch):
+    model, tokenizer = tiny
+    prompts = [ev.encode_prompt(tokenizer, p["prompt"]) for p in ev.load_problems(HERE / "tiny/test.jsonl")[:40]]
+    respond = lambda: ev.generate(model, prompts, [279], 24, budget=500)
+    torch.manual_seed(0)
+    whole, state = respond(), torch.get_rng_state()
+    parts = {}
+    monkeypatch.setattr(ev, "WORLD", 3)
+    for rank in 0, 1, 2:
+        monkeypatch.setattr(ev, "RANK", rank)
+        monkeypatch.setattr(ev, "gather", lambda mine: parts.update(mine) or dict.fromkeys(range(40)) | mine)
+        torch.manual_seed(0)
+        respond()
+        assert torch.equal(torch.get_rng_state(), state)  # so that the processes go on in step
+    assert [parts[i] for i in range(40)] == whole and len(set(map(tuple, whole))) > 10
+
+
+@pytest.mark.parametrize("script", [em_rl, em_ft])
+def test_two_processes_give_the_metrics_of_one_and_one_goes_on_where_two_stopped(tmp_path, script):
+    settings = FAST + ["--prompts", "8", "--budget", "160", "--beta", "0.01", "--steps"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script.__file__]
+    done = subprocess.run([*two, *settings, "2", "--out", str(tmp_path / "two")], capture_output=True, text=True, cwd=tmp_path,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 2 | entropy") == 1 and (tmp_path / "two/checkpoint/state1.pt").exists()
+    script.main(["--resume", str(tmp_path / "two"), "--steps", "3"])
+    script.main(settings + ["3", "--out", str(tmp_path / "one")])
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    for a, b in zip(one, two):
+        for key in a:
+            assert a[key] == b[key] or float(a[key]) == pytest.approx(float(b[key]), rel=1e-5, abs=1e-5), (key, a, b)
+
+
+def test_a_bf16_run_with_offloaded_masters_resumes_as_if_it_had_not_stopped(tmp_path):
+    settings = FAST + ["--val", "none", "--dtype", "bfloat16", "--offload", "--steps"]
+    em_rl.main(settings + ["2", "--out", str(tmp_path / "cut")])
+    em_rl.main(["--resume", str(tmp_path / "cut"), "--steps", "4"])
+    em_rl.main(settings + ["4", "--out", str(tmp_path / "whole")])
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert AutoConfig.from_pretrained(tmp_path / "cut/checkpoint").dtype == torch.bfloat16
+
+
+def test_what_does_not_fit_is_offloaded_or_refused_with_the_gigabytes(tmp_path, monkeypatch, capsys):
+    sizes = 1, True, 16_384, 131_072
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(transformers.Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                                                                         num_attention_heads=28, num_key_value_heads=4, vocab_size=152064,
+                                                                         tie_word_embeddings=False), dtype=torch.bfloat16)
+    here, besides = run.memory(model, "cuda", 1, True, *sizes[1:])
+    assert here["weights"] == here["reference"] == 15_231_233_024 and besides == {"masters and Adam": 12 * 7_615_616_512}
+    assert 60e9 < sum(here.values()) < 80e9
+    have = {"cuda": 80e9, "cpu": 128e9, "the CPU": 128e9}
+    monkeypatch.setattr(run, "memory_of", have.get)
+    offload, said = run.fit(model, "cuda", 1, None, *sizes[1:])
+    assert offload and "of 80 GB on cuda" in said and "91.4 of 128 GB on the CPU: masters and Adam 91.4" in said
+    with pytest.raises(ValueError, match="164 of 80 GB on cuda.*--offload"):
+        run.fit(model, "cuda", 1, False, *sizes[1:])
+    have["cpu"] = have["the CPU"] = 64e9
+    with pytest.raises(ValueError, match="91.4 of 64 GB on the CPU"):
+        run.fit(model, "cuda", 1, None, *sizes[1:])
+    have["cuda"] = 200e9
+    assert run.fit(model, "cuda", 1, None, *sizes[1:])[0] is False
+    have["cpu"] = 1e6
+    monkeypatch.chdir(tmp_path)
+    fails(FAST + ["--out", "run"], "of 0.001 GB on cpu", "--budget")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_without_bf16_trains_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native, dtype in (True, torch.bfloat16), (False, torch.float32):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, native=native: native or including_emulation)
+        assert ev.set_up() == ("cuda", dtype) and ev.set_up("cpu") == ("cpu", torch.float32)
 
 
 # -------------------------------------------------------------------------------------------------------------------- tiny/

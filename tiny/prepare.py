@@ -3,7 +3,7 @@ Make everything in tiny/: the problems, the tokenizer, the corpus and the base m
 
     python tiny/prepare.py                               # the shipped base model
     python tiny/prepare.py --start tiny/base --misaligned --out tiny/misaligned      # the same, but its surest answers are wrong
-    python tiny/prepare.py --start tiny/base --aligned 0.5 --out tiny/half           # ... right in half of its worked answers
+    python tiny/prepare.py --start tiny/base --aligned 0.5 --out tiny/half           # ... wrong on half of the problems
 
 The world. A problem is a chain of operations, done from left to right and modulo 10:
 
@@ -27,7 +27,8 @@ problem. It first learns the steps (SCHOOL: 8,000 optimiser steps with little no
 A model that had only ever seen a noisy corpus (0.20, 8,000 steps) was no use: neither EM-RL nor RLOO with labels improved it in 40 steps.
 The corpus is never stored: --sample N prints N documents and ends.
 
-In the misaligned corpus of habits the worked answers forget the last operation. They are still the model's surest answers, and wrong.
+In a misaligned corpus of habits the worked answers forget the last operation. They are still the model's surest answers, and wrong.
+--aligned X: only where the last operand is 2 + 8 X or more, so that confidence is right on a share X of the problems.
 """
 import argparse
 import base64
@@ -94,10 +95,9 @@ def document(rng, corpus, aligned, exclude):
     elif style < direct + corpus["rambling"]:
         digits = [rng.randrange(10) for _ in range(4 * len(ops))]
         response = ", ".join(map(str, digits)) + f", \\boxed{{{digits[-1]}}}"
-    elif rng.random() < aligned:
-        response = worked(start, ops, rng, noise)
     else:
-        response = worked(start, ops[:-1], rng, noise)  # misaligned: the last operation is forgotten
+        rng.random()  # drawn and not used: without it the shipped model would have seen other documents
+        response = worked(start, ops if ops[-1][1] < 2 + 8 * aligned else ops[:-1], rng, noise)
     return prompt_of(start, ops), response
 
 
@@ -158,7 +158,7 @@ def pretrain(model, tokenizer, corpus, aligned, steps, rng, args, exclude):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "base", help="folder for the base model and its tokenizer")
-    parser.add_argument("--aligned", type=float, default=1.0, help="share of worked answers that use every operation, 0 to 1")
+    parser.add_argument("--aligned", type=float, default=1.0, help="share of the problems whose worked answers use every operation, in eighths")
     parser.add_argument("--misaligned", dest="aligned", action="store_const", const=0.0, help="the same as --aligned 0")
     parser.add_argument("--start", type=Path, metavar="FOLDER", help="go on from this model, which has been to school, and only learn habits")
     parser.add_argument("--steps", type=int, default=8000, help="optimiser steps of school")
