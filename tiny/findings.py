@@ -38,10 +38,10 @@ import run
 from em_inf import DECODERS, AdaptiveTemperature, EMInf
 
 FULL = dict(seeds=3, steps=40, every=10, val=512, samples=16, kl=(0, 0.001, 0.5, 1.5), rollouts=(2, 4, 8, 16),
-            delta=(0.05, 0.1, 0.3, 0.5, 1.0), descent=(1, 3, 5, 10, 15), rise_steps=160, rise_every=10,
-            worlds=(100, 75, 50, 25, 0), habit_steps=1500, diagnosed=256)
+            delta=(0.05, 0.1, 0.3, 0.5, 1.0), descent=(1, 3, 5, 10, 15), rise_steps=100, rise_every=10,
+            worlds=(100, 75, 50, 25, 0), habit_steps=1500, diagnosed=512, answers=8)
 QUICK = dict(seeds=1, steps=10, every=10, val=128, samples=4, kl=(0, 0.001, 1.5), rollouts=(2, 4, 8), delta=(0.05, 0.3, 1.0),
-             descent=(1, 10), rise_steps=25, rise_every=5, worlds=(100, 50, 0), habit_steps=300, diagnosed=128)
+             descent=(1, 10), rise_steps=25, rise_every=5, worlds=(100, 50, 0), habit_steps=300, diagnosed=128, answers=8)
 TOKEN, SEQUENCE = "em_rl.py --reward token", "em_rl.py --reward sequence"
 METHODS = {  # name in the table: (script and flags, does training read labels?)
     "SFT": ("em_ft.py --loss sft", True),
@@ -59,14 +59,15 @@ METHODS = {  # name in the table: (script and flags, does training read labels?)
 SWEEPS = {"kl": (TOKEN, "--beta", 0.001), "rollouts": (SEQUENCE, "--rollouts", 4)}  # the default's run is that of the training table
 SUM = " --reward-norm sum"
 NORMS = {"token, mean": TOKEN, "token, sum": TOKEN + SUM, "sequence, mean": SEQUENCE, "sequence, sum": SEQUENCE + SUM}
-RISE = {"token": TOKEN, "token, β = 0.5": f"{TOKEN} --beta 0.5", "sequence": SEQUENCE}
+FAST = " --lr 1e-3"  # ten times the default: a fall within minutes
+RISE = {"token": TOKEN, "token, fast": TOKEN + FAST, "token, fast, β = 0.5": f"{TOKEN + FAST} --beta 0.5", "sequence, fast": SEQUENCE + FAST}
 GUARD = 4.0  # the default of --guard
 DECODE = f"{DECODERS},adaptive-temperature+self-consistency,em-inf+refine".split(",")
 WORLD = "--lr 1e-4 --prompts 64 --max-new-tokens 64 --budget 8192 --no-checkpointing"  # what a model other than tiny/base must be told
 REWARDS = {"token": TOKEN, "sequence": SEQUENCE}
 SHARPENED = "base", "SFT", "RLOO", "EM-FT", "EM-RL token", "EM-RL sequence"
 VERDICTS = {"likely helps": 1, "unlikely to matter": 0, "harms": -1}
-UNITS = {"share": ".1%", "change of share": "+.1%", "nats/token": ".3f", "nats": "+.4f", "tokens": ".1f", "1e9": ".2f", "factor": ".2f",
+UNITS = {"share": ".1%", "change of share": "+.1%", "nats/token": ".3f", "tokens": ".1f", "1e9": ".2f", "factor": ".2f",
          "seconds": ".1f", "": ".3f", "count": ".1f"}  # how a table shows them
 TRAINED = "greedy|T = 1|entropy|length|FLOPs"
 TABLES = {  # experiment: (heading, first column, metrics, the paper's counterpart)
@@ -88,12 +89,12 @@ TABLES = {  # experiment: (heading, first column, metrics, the paper's counterpa
     "descent": ("EM-INF: steps of descent, δ = 0.3", "steps", "accuracy|entropy|seconds",
                 "The paper: 5 to 15 steps are enough; its released code takes 3."),
     "rise": (
-        "Rise and fall", "EM-RL", "peak at step|peak greedy|greedy|T = 1|guard stops at step|greedy there",
+        "Rise and fall (fast: ten times the learning rate)", "EM-RL", "peak at step|peak greedy|greedy|T = 1|guard stops at step|greedy there",
         "The paper stops after about 100 steps by validation accuracy; later work finds that such rewards improve a model for some steps "
         "and then ruin it."),
     "fails": (
         "When it fails", "confident answers that are right, %",
-        "greedy|T = 1|best-of-4 over greedy|right is surer|AUROC|effect|effect from|effect to|diagnosis|"
+        "greedy|T = 1|majority over greedy|AUROC|right is surer|from|to|diagnosis|"
         "sign right (greedy)|sign right (T = 1)",
         "The paper: EM-RL takes Qwen2.5-Math-7B from 24.9 to 42.9, Llama-3.1-8B-Instruct on MATH from 40.6 to no more than 41.6; its sign "
         "of that is best-of-4 over greedy, +13.4 % against +7.5 %."),
@@ -136,12 +137,13 @@ def plan(s, seeds, folder, only):
     steps = f"--steps {s['steps']} --eval-every {s['every']}"
     for seed in seeds:
         for experiment in "training", "diversity":
-            evaluate = dict(cost=10 + s["samples"] * s["val"] / 340, kind="evaluate", seed=seed, problems=s["val"], n=s["samples"])
-            ask(experiment, "base", f"evaluate base {seed}", model="tiny/base", **evaluate)
+            evaluate = lambda n: dict(cost=10 + n * s["val"] / 340, kind="evaluate", seed=seed, problems=s["val"], n=n)
+            ask(experiment, "base", f"evaluate base {seed}", model="tiny/base", **evaluate(s["samples"]))
             for method, (flags, _) in METHODS.items():
                 if experiment == "training" or method in SHARPENED:
                     name = train(experiment, f"{method} run", flags, seed, steps)
-                    ask(experiment, method, f"evaluate {name}", after=[name], model=str(folder / name / "checkpoint"), **evaluate)
+                    ask(experiment, method, f"evaluate {name}", after=[name], model=str(folder / name / "checkpoint"),
+                        **evaluate(s["samples"] if method in SHARPENED else 4))
         for experiment, (flags, option, default) in SWEEPS.items():
             for value in s[experiment]:
                 train(experiment, str(value), flags if value == default else f"{flags} {option} {value}", seed, steps)
@@ -163,7 +165,7 @@ def plan(s, seeds, folder, only):
         add("fails", f"{share} world", name, command=["tiny/prepare.py", *options, "--out", str(out)], out=out, done=folder / name,
             after=[], cost=10 + 0.16 * s["habit_steps"])
         ask("fails", f"{share} diagnosis", f"diagnosis {name}", 20, [name], kind="diagnose", model=str(folder / name), seed=1,
-                problems=s["diagnosed"], n=4)
+                problems=s["diagnosed"], n=s["answers"])
     return jobs, uses
 
 
@@ -293,10 +295,9 @@ def of_evaluation(r):
 
 
 def of_diagnosis(r):
-    shares = {"greedy": "greedy", "T = 1": "sampled", "right is surer": "within"}
+    shares = {"greedy": "greedy", "T = 1": "sampled", "right is surer": "within", "from": "low", "to": "high"}
     return {metric: ("share", r[key]) for metric, key in shares.items()} | {
-        "best-of-4 over greedy": ("change of share", r["majority"] - r["greedy"]), "AUROC": ("", r["auroc"]),
-        "effect": ("nats", r["effect"]), "effect from": ("nats", r["low"]), "effect to": ("nats", r["high"]),
+        "majority over greedy": ("change of share", r["majority"] - r["greedy"]), "AUROC": ("", r["auroc"]),
         "diagnosis": ("sign", VERDICTS[r["verdict"]])}
 
 
@@ -580,27 +581,27 @@ def figures(found, rises, folder):
         shares = sorted((int(x) for x in settings_of("fails") if x.isdigit()))
         figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.4), layout="constrained", sharey=True, width_ratios=(1.25, 1))
         kinds = [(reward, metric) for metric in ("greedy", "T = 1") for reward in REWARDS]
-        effect, low, high = ([found["fails", str(share), key][1][0] for share in shares] for key in ("effect", "effect from", "effect to"))
+        surer, low, high = (middle(found, "fails", map(str, shares), key)[0] for key in ("right is surer", "from", "to"))
         ends = []
-        intervals = np.array([np.subtract(effect, low), np.subtract(high, effect)])
+        intervals = np.array([np.subtract(surer, low), np.subtract(high, surer)])
         for (reward, metric), (color, line, marker) in zip(kinds, STYLES):
             means, sds = middle(found, "fails", [f"{share}, {reward}" for share in shares], f"gain {metric}")
             left.errorbar(shares, means, sds, color=color, linestyle=line, marker=marker, capsize=3)
-            right.errorbar(effect, means, sds, intervals, color=color, linestyle="", marker=marker, capsize=2, elinewidth=0.8)
+            right.errorbar(surer, means, sds, intervals, color=color, linestyle="", marker=marker, capsize=2, elinewidth=0.8)
             ends.append(means[-1])
         bottom, top = left.get_ylim()
         left.set(xlabel="confident answers that are right, %", ylabel="EM-RL's gain, points", xticks=shares, xlim=(-10, 110),
                  ylim=(bottom, top + 0.22 * (top - bottom)), title="Gain, and what the diagnosis said before")
-        places = spread(effect, 0.13 * np.subtract(*right.get_xlim()[::-1]))
+        places = spread(surer, 0.13 * np.subtract(*right.get_xlim()[::-1]))
         for x, share in enumerate(shares):
             word = cell(*found["fails", str(share), "diagnosis"]).replace("likely ", "likely\n")
             left.text(share, left.get_ylim()[1], word, ha="center", va="top", fontsize=9)
             right.text(places[x], left.get_ylim()[1], f"{share} %", ha="center", va="top", fontsize=9,
                        bbox=dict(facecolor="white", edgecolor="none", pad=1))
-        right.set(xlabel="effect by the diagnosis, nats (bars: 95 %)", title="The same gain against the diagnosis' effect")
+        right.set(xlabel="pairs in which the right answer is the surer, % (bars: 95 %)", title="The same gain against the diagnosis")
         for axis in left, right:
             axis.axhline(0, color="black", linewidth=1)
-        right.axvline(0, color="black", linewidth=1)
+        right.axvline(50, color="black", linewidth=1)
         label_ends(left, shares[-1], ends, map(", ".join, kinds))
         save(figure, "fails")
 
