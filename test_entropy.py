@@ -51,6 +51,7 @@ from entropy import _EntropyAndLogprob, adaptive_temperature, entropy_and_logpro
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "tiny"))
 import findings
+import report
 import prepare
 
 SMALL = dict(vocab_size=280, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -1770,7 +1771,7 @@ def test_the_base_model_is_small_and_the_corpus_has_its_three_styles():
 
 def test_findings_jobs_have_their_own_names_and_folders_and_wait_only_for_jobs_that_are_there():
     for settings in findings.FULL, findings.QUICK:
-        jobs, uses = findings.plan(settings, (1, 2), Path("runs/x"), list(findings.TABLES))
+        jobs, uses = findings.plan(settings, (1, 2), Path("runs/x"), list(report.TABLES))
         assert len({job["out"] for job in jobs.values()}) == len(jobs) and all(set(job["after"]) <= set(jobs) for job in jobs.values())
         assert len(uses["kl", "0.001"]) == 2 and uses["kl", "0.001"] == uses["training", "EM-RL token run"] == uses["norm", "token, mean"]
         few, _ = findings.plan(settings, (1, 2), Path("runs/x"), ["diversity"])
@@ -1784,19 +1785,19 @@ def test_findings_numbers_survive_their_csv_and_look_as_they_should(tmp_path):
     assert read.keys() == found.keys()
     for key, (unit, values) in found.items():
         assert read[key][0] == unit and read[key][1] == pytest.approx(values, nan_ok=True)
-    assert findings.cell("share", [0.5, 0.7]) == "60.0% ± 14.1%" and findings.cell("share", [0.5]) == "50.0%"
-    assert findings.cell("change of share", [-0.1, 0.3]) == "+10.0% ± 28.3%" and findings.cell("step", [12.0, float("nan")]) == "12, never"
-    assert findings.cell("sign", [-1.0]) == "harms" and findings.cell("share", [float("nan")]) == ""
-    assert findings.table("kl", found, ["0.001"], ["greedy", "T = 1"], "β").splitlines()[2] == "| 0.001 | 58.3% ± 38.2% |"
-    assert findings.compared([0.5, 0.5], [0.515, 0.515]) == "level with"  # 512 problems do not tell 1.5 points
-    assert findings.compared([0.9, 0.92], [0.5, 0.53]) == "above" and findings.compared([0.1], [0.5]) == "below"
-    assert findings.verdict([("A", True), ("B", False)]) == "The miniature agrees that A; it does not agree that B."
+    assert report.cell("share", [0.5, 0.7]) == "60.0% ± 14.1%" and report.cell("share", [0.5]) == "50.0%"
+    assert report.cell("change of share", [-0.1, 0.3]) == "+10.0% ± 28.3%" and report.cell("step", [12.0, float("nan")]) == "12, never"
+    assert report.cell("sign", [-1.0]) == "harms" and report.cell("share", [float("nan")]) == ""
+    assert report.table("kl", found, ["0.001"], ["greedy", "T = 1"], "β").splitlines()[2] == "| 0.001 | 58.3% ± 38.2% |"
+    assert report.compared([0.5, 0.5], [0.515, 0.515]) == "level with"  # 512 problems do not tell 1.5 points
+    assert report.compared([0.9, 0.92], [0.5, 0.53]) == "above" and report.compared([0.1], [0.5]) == "below"
+    assert report.verdict([("A", True), ("B", False)]) == "The miniature agrees that A; it does not agree that B."
 
 
 def test_findings_guard_stops_where_the_run_would_have_been():
     rows = [{"step": step, "entropy": 0.5 if step >= 10 else 0.1, "length": 20, "truncated": 0.0} for step in range(20)]
-    assert findings.guard_stop(rows) == 12  # the mean of steps 10 to 12 is 5 times the first three's, that of 9 to 11 is 3.7 times
-    assert findings.guard_stop(rows[:12]) is None
+    assert report.guard_stop(rows) == 12  # the mean of steps 10 to 12 is 5 times the first three's, that of 9 to 11 is 3.7 times
+    assert report.guard_stop(rows[:12]) is None
 
 
 def test_findings_skip_what_is_finished_and_stop_at_what_fails(tmp_path):

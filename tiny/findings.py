@@ -27,8 +27,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import eval as ev
 import run
 from em_inf import DECODERS, AdaptiveTemperature, EMInf
+from report import REWARDS, SHARPENED, TABLES, VERDICTS, figures, guard_stop, idea, report
 
 FULL = dict(seeds=3, steps=40, every=10, val=512, samples=16, kl=(0, 0.001, 0.5, 1.5), rollouts=(2, 4, 8, 16),
             delta=(0.05, 0.1, 0.3, 0.5, 1.0), descent=(1, 3, 5, 10, 15), rise_steps=100, rise_every=10,
@@ -43,65 +42,26 @@ FULL = dict(seeds=3, steps=40, every=10, val=512, samples=16, kl=(0, 0.001, 0.5,
 QUICK = dict(seeds=1, steps=10, every=10, val=128, samples=4, kl=(0, 0.001, 1.5), rollouts=(2, 4, 8), delta=(0.05, 0.3, 1.0),
              descent=(1, 10), rise_steps=25, rise_every=5, worlds=(100, 50, 0), habit_steps=300, diagnosed=128, answers=8)
 TOKEN, SEQUENCE = "em_rl.py --reward token", "em_rl.py --reward sequence"
-METHODS = {  # name in the table: (script and flags, does training read labels?)
-    "SFT": ("em_ft.py --loss sft", True),
-    "RLOO": ("em_rl.py --reward correct", True),
-    "GRPO": ("em_rl.py --reward correct --advantage grpo", True),
-    "SC-RL": ("em_rl.py --reward consistency", False),
-    "EM-FT": ("em_ft.py", False),
-    "EM-FT + KL": ("em_ft.py --beta 0.001", False),
-    "EM-FT + KL, N = 4": ("em_ft.py --beta 0.001 --rollouts 4", False),
-    "EM-RL sequence": (SEQUENCE, False),
-    "EM-RL token": (TOKEN, False),
-    "control: random": ("em_rl.py --reward random", False),
-    "control: length": ("em_rl.py --reward length", False),
+METHODS = {  # name in the table: script and flags
+    "SFT": "em_ft.py --loss sft",
+    "RLOO": "em_rl.py --reward correct",
+    "GRPO": "em_rl.py --reward correct --advantage grpo",
+    "SC-RL": "em_rl.py --reward consistency",
+    "EM-FT": "em_ft.py",
+    "EM-FT + KL": "em_ft.py --beta 0.001",
+    "EM-FT + KL, N = 4": "em_ft.py --beta 0.001 --rollouts 4",
+    "EM-RL sequence": SEQUENCE,
+    "EM-RL token": TOKEN,
+    "control: random": "em_rl.py --reward random",
+    "control: length": "em_rl.py --reward length",
 }
 SWEEPS = {"kl": (TOKEN, "--beta", 0.001), "rollouts": (SEQUENCE, "--rollouts", 4)}  # the default's run is that of the training table
 SUM = " --reward-norm sum"
 NORMS = {"token, mean": TOKEN, "token, sum": TOKEN + SUM, "sequence, mean": SEQUENCE, "sequence, sum": SEQUENCE + SUM}
 FAST = " --lr 1e-3"  # ten times the default: a fall within minutes
 RISE = {"token": TOKEN, "token, fast": TOKEN + FAST, "token, fast, β = 0.5": f"{TOKEN + FAST} --beta 0.5", "sequence, fast": SEQUENCE + FAST}
-GUARD = 4.0  # the default of --guard
 DECODE = f"{DECODERS},adaptive-temperature+self-consistency,em-inf+refine".split(",")
 WORLD = "--lr 1e-4 --prompts 64 --max-new-tokens 64 --budget 8192 --no-checkpointing"  # what a model other than tiny/base must be told
-REWARDS = {"token": TOKEN, "sequence": SEQUENCE}
-SHARPENED = "base", "SFT", "RLOO", "EM-FT", "EM-RL token", "EM-RL sequence"
-VERDICTS = {"likely helps": 1, "unlikely to matter": 0, "harms": -1}
-UNITS = {"share": ".1%", "change of share": "+.1%", "nats/token": ".3f", "tokens": ".1f", "1e9": ".2f", "factor": ".2f",
-         "seconds": ".1f", "": ".3f", "count": ".1f"}  # how a table shows them
-TRAINED = "greedy|T = 1|entropy|length|FLOPs"
-TABLES = {  # experiment: (heading, first column, metrics, the paper's counterpart)
-    "training": (
-        "Training", "method", "greedy|T = 1|pass@4|peak greedy|entropy|length|FLOPs",
-        "The paper (Qwen2.5-Math-7B, average of five maths sets): base 24.9, SFT 25.7, RLOO 43.9, GRPO 42.1, SC-RL 40.7, EM-FT 40.2, with "
-        "KL 39.6, with KL and N = 4 41.7, EM-RL sequence 41.6, token 42.9."),
-    "decoding": (
-        "Decoding", "decoder", "accuracy|entropy|FLOPs|FLOPs (greedy = 1)|seconds",
-        "The paper (Qwen2.5-Math-7B-Instruct, average of five maths sets): sampling at 0.1 44.2, greedy 45.1, refinement 44.2, "
-        "self-consistency 45.4, adaptive temperature 45.3, EM-INF 46.4; EM-INF matches self-consistency at about a third of its compute."),
-    "kl": ("Weight of the KL, EM-RL token", "β", TRAINED,
-           "The paper (average of five maths sets): β = 0 39.0, 0.001 39.5, 0.5 28.2, 1.5 25.8; base 24.9."),
-    "rollouts": ("Responses a prompt, EM-RL sequence", "N", TRAINED,
-                 "The paper (average of five maths sets): N = 4 41.6, 8 41.1, 16 39.4."),
-    "norm": ("Sum or mean over a response's tokens", "reward", TRAINED,
-             "The paper's formulas sum and its released code averages; it does not compare the two."),
-    "delta": ("EM-INF: entropy to stop at, 10 steps", "δ, nats", "accuracy|entropy", "The paper: δ from 0.1 to 0.5 works best."),
-    "descent": ("EM-INF: steps of descent, δ = 0.3", "steps", "accuracy|entropy|seconds",
-                "The paper: 5 to 15 steps are enough; its released code takes 3."),
-    "rise": (
-        "Rise and fall (fast: ten times the learning rate)", "EM-RL", "peak at step|peak greedy|greedy|T = 1|guard stops at step|greedy there",
-        "The paper stops after about 100 steps by validation accuracy; later work finds that such rewards improve a model for some steps "
-        "and then ruin it."),
-    "fails": (
-        "When it fails", "confident answers that are right, %",
-        "greedy|T = 1|majority over greedy|AUROC|right is surer|from|to|diagnosis|"
-        "sign right (greedy)|sign right (T = 1)",
-        "The paper: EM-RL takes Qwen2.5-Math-7B from 24.9 to 42.9, Llama-3.1-8B-Instruct on MATH from 40.6 to no more than 41.6; its sign "
-        "of that is best-of-4 over greedy, +13.4 % against +7.5 %."),
-    "diversity": (
-        "Calibration and diversity, T = 1", "model", "greedy|pass@1|pass@2|pass@4|pass@8|pass@16|distinct answers|ECE|AUROC",
-        "The paper (AMC, Qwen2.5-Math-7B): ECE 64.9 before EM-RL, 43.5 (sequence) and 44.7 (token) after; pass@k it does not report."),
-}
 
 # ---------------------------------------------------------------------------------------------------------------- the jobs
 
@@ -139,7 +99,7 @@ def plan(s, seeds, folder, only):
         for experiment in "training", "diversity":
             evaluate = lambda n: dict(cost=10 + n * s["val"] / 340, kind="evaluate", seed=seed, problems=s["val"], n=n)
             ask(experiment, "base", f"evaluate base {seed}", model="tiny/base", **evaluate(s["samples"]))
-            for method, (flags, _) in METHODS.items():
+            for method, flags in METHODS.items():
                 if experiment == "training" or method in SHARPENED:
                     name = train(experiment, f"{method} run", flags, seed, steps)
                     ask(experiment, method, f"evaluate {name}", after=[name], model=str(folder / name / "checkpoint"),
@@ -157,7 +117,7 @@ def plan(s, seeds, folder, only):
             ask(experiment, "all", f"{experiment} {seed}", 20, **decode, decoders={str(v): ["em-inf", {key: v}] for v in s[experiment]})
         for share in s["worlds"]:
             name = f"world-{share}-{s['habit_steps']}"
-            for reward, flags in REWARDS.items():
+            for reward, flags in zip(REWARDS, (TOKEN, SEQUENCE)):
                 train("fails", f"{share}, {reward}", flags, seed, f"--steps {s['steps']} --eval-every {s['steps']}", name)
     for share in s["worlds"]:
         name = f"world-{share}-{s['habit_steps']}"
@@ -269,12 +229,6 @@ def execute(jobs, at_a_time, folder):
 def evaluated(rows):
     return [row for row in rows if row["val_greedy"] != ""]
 
-
-def guard_stop(rows, factor=GUARD):
-    """The step after which the guard would have ended a run with these rows; None: never."""
-    return next((rows[i - 1]["step"] for i in range(1, len(rows) + 1) if run.collapsed(rows[:i], factor)), None)
-
-
 def of_run(rows):
     """{metric: (unit, value)} of one training run."""
     first, last = evaluated(rows)[0], evaluated(rows)[-1]
@@ -339,21 +293,6 @@ def collect(jobs, uses):
     order = {setting: i for i, setting in enumerate(["base", *METHODS])}  # the training table's; the others are as planned
     return dict(sorted(found.items(), key=lambda item: (list(TABLES).index(item[0][0]), order.get(item[0][1], 0)))), rises
 
-
-def cell(unit, values):
-    """Mean ± sd as a table shows them."""
-    if unit == "sign":
-        return {value: word for word, value in VERDICTS.items()}[values[0]]
-    if unit == "yes":
-        return "yes" if values[0] else "no"
-    if unit == "step":
-        return ", ".join("never" if np.isnan(value) else f"{value:.0f}" for value in values)
-    values = [value for value in values if not np.isnan(value)]
-    if not values:
-        return ""
-    return f"{np.mean(values):{UNITS[unit]}}" + (f" ± {np.std(values, ddof=1):{UNITS[unit].strip('+')}}" if len(values) > 1 else "")
-
-
 def write_csv(path, found):
     with path.open("w", newline="") as f:
         out = csv.writer(f, lineterminator="\n")
@@ -366,262 +305,6 @@ def write_csv(path, found):
 def read_csv(path):
     with path.open(newline="") as f:
         return {tuple(row[:3]): (row[3], [float(value) for value in row[-1].split()]) for row in list(csv.reader(f))[1:]}
-
-
-# ------------------------------------------------------------------------------------------- does the miniature agree with the paper?
-
-
-def compared(a, b):
-    """How a's mean lies to b's: "above", "below" or "level with". 2 points at least: 512 problems alone leave that much open."""
-    spread = np.sqrt(sum(np.var(x, ddof=1) for x in (a, b) if len(x) > 1))
-    difference = np.mean(a) - np.mean(b)
-    return "level with" if abs(difference) <= max(0.02, 2 * spread) else "above" if difference > 0 else "below"
-
-
-def verdict(claims):
-    """One sentence of [(what the paper says, does it hold here?)]."""
-    sides = [[claim for claim, holds in claims if bool(holds) is side] for side in (True, False)]
-    words = ("agrees", ", and that "), ("does not agree", ", or that ")
-    parts = [f"{word} that {more.join(side)}" for (word, more), side in zip(words, sides) if side]
-    return f"The miniature {'; it '.join(parts)}."
-
-
-def claims(experiment, found):
-    """[(what the paper, or what later work says, does it hold here?)], decided by the numbers."""
-    v = lambda setting, metric="greedy": found[experiment, setting, metric][1]
-    is_ = lambda a, how, b, metric="greedy": compared(v(a, metric), v(b, metric)) == how
-    settings = list(dict.fromkeys(setting for e, setting, _ in found if e == experiment))
-    if experiment == "training":
-        return [(f"EM-RL {r} comes close to RLOO or beats it (greedy)", not is_(f"EM-RL {r}", "below", "RLOO")) for r in REWARDS] + [
-            ("EM-FT improves greedy decoding", is_("EM-FT", "above", "base")),
-            ("EM-FT improves sampling at T = 1", is_("EM-FT", "above", "base", "T = 1")),
-            ("SFT gains less than EM-FT", is_("SFT", "below", "EM-FT")),
-            ("SC-RL stays under EM-RL token", is_("SC-RL", "below", "EM-RL token")),
-            ("a random reward gains nothing", not is_("control: random", "above", "base")),
-            ("a reward for length gains nothing", not is_("control: length", "above", "base"))]
-    if experiment == "decoding":
-        cost = np.mean(v("em-inf", "FLOPs")) / np.mean(v("self-consistency", "FLOPs"))
-        return [("EM-INF beats sampling at the same temperature", is_("em-inf", "above", "sample", "accuracy")),
-                ("EM-INF beats greedy decoding", is_("em-inf", "above", "greedy", "accuracy")),
-                ("EM-INF beats adaptive temperature", is_("em-inf", "above", "adaptive-temperature", "accuracy")),
-                (f"EM-INF is not below self-consistency at about a third of its compute (here {cost:.2f})",
-                 cost < 0.4 and not is_("em-inf", "below", "self-consistency", "accuracy")),
-                ("refinement does not beat greedy decoding", not is_("refine", "above", "greedy", "accuracy"))]
-    if experiment == "kl":
-        strong = [x for x in settings if float(x) > 0.1]
-        return [(f"β = {x} costs much of the gain", is_(x, "below", "0.001")) for x in strong] + [
-            ("no KL at all is as good as β = 0.001", is_("0", "level with", "0.001"))]
-    if experiment == "rollouts":
-        return [(f"{n} responses a prompt are no better than 4", not is_(n, "above", "4")) for n in settings if int(n) > 4]
-    if experiment == "norm":
-        return [(f"the released mean does better than the formulas' sum ({r})", is_(f"{r}, mean", "above", f"{r}, sum")) for r in REWARDS]
-    if experiment == "delta":
-        best = max(settings, key=lambda x: np.mean(v(x, "accuracy")))
-        return [(f"δ between 0.1 and 0.5 is best (here {best})", 0.1 <= float(best) <= 0.5)]
-    if experiment == "descent":
-        last = max(settings, key=int)
-        enough = [n for n in settings if 5 <= int(n) < int(last)]
-        return [(f"{n} steps are enough (not below {last})", not is_(n, "below", last, "accuracy")) for n in enough] + [
-            (f"fewer than 3 ({n}) are not enough", is_(n, "below", last, "accuracy")) for n in settings if int(n) < 3]
-    if experiment == "rise":
-        return [(f"accuracy falls after its peak ({x})", compared(v(x), v(x, "peak greedy")) == "below") for x in settings] + [
-            (f"the guard stops before greedy accuracy has fallen ({x})", compared(v(x, "greedy there"), v(x, "peak greedy")) != "below")
-            for x in settings if not np.isnan(v(x, "guard stops at step")).any()]
-    if experiment == "fails":
-        shares = [x for x in settings if x.isdigit()]
-        gain = lambda share: np.concatenate([v(f"{share}, {reward}", f"gain {key}") for reward in REWARDS for key in ("greedy", "T = 1")])
-        right = sum(v(x, f"sign right ({key})")[0] for x in shares for key in ("greedy", "T = 1"))
-        return [("EM helps where confident answers are right", compared(gain(shares[0]), [0.0]) == "above"),
-                ("EM does not help where they are wrong", compared(gain(shares[-1]), [0.0]) != "above"),
-                (f"one can tell before training (here in {right:.0f} of {2 * len(shares)} cases)", right == 2 * len(shares))]
-    most = max((metric for _, _, metric in found if metric.startswith("pass@")), key=lambda metric: int(metric[5:]))
-    return [(f"EM-RL {r} lowers the calibration error", is_(f"EM-RL {r}", "below", "base", "ECE")) for r in REWARDS] + [
-        (f"{x} costs diversity ({most} falls)", is_(x, "below", "base", most)) for x in SHARPENED if x.startswith("EM")]
-
-
-def table(experiment, found, settings, metrics, first):
-    """Markdown; a setting without a metric leaves its cell empty."""
-    units = {metric: unit for (e, _, metric), (unit, _) in found.items() if e == experiment}
-    title = lambda metric: f"{metric}, {units[metric]}" if units[metric] in ("nats/token", "nats", "tokens", "1e9") else metric
-    labels = {"base": ""} | {name: "yes" if reads else "no" for name, (_, reads) in METHODS.items()} if experiment == "training" else {}
-    rows = [[first] + ["labels"] * bool(labels) + [title(metric) for metric in metrics if metric in units]]
-    rows.append(["---"] * len(rows[0]))
-    for setting in settings:
-        cells = [found.get((experiment, setting, metric)) for metric in metrics if metric in units]
-        rows.append([setting] + [labels.get(setting)] * bool(labels) + [cell(*x) if x else "" for x in cells])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def report(found, minutes, seeds, command):
-    """The text of findings.md."""
-    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True).stdout.strip()
-    changed = " + uncommitted changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-    lines = ["# Findings on the tiny model", "", f"Made by `{command}` at commit {git('rev-parse', '--short', 'HEAD')}{changed}: mean ± sd "
-             f"of {seeds} seed{'s' * (seeds > 1)}, torch {torch.__version__}, transformers {transformers.__version__}; {minutes:.0f} "
-             f"minutes of work, each job on one of {os.cpu_count()} CPU cores. tiny/findings.csv has every seed's numbers."]
-    for experiment, (heading, first, metrics, paper) in TABLES.items():
-        settings = list(dict.fromkeys(setting for e, setting, _ in found if e == experiment))
-        if not settings:
-            continue
-        if experiment == "fails":
-            settings = sorted((x for x in settings if x.isdigit()), key=int, reverse=True)
-        lines += ["", f"## {heading}", "", table(experiment, found, settings, metrics.split("|"), first)]
-        if experiment == "fails":
-            pairs = [f"{share}, {reward}" for share in settings for reward in REWARDS]
-            lines += ["", "What EM-RL then gained:", "", table(experiment, found, pairs, ["gain greedy", "gain T = 1"], f"{first}; reward")]
-        lines += ["", paper, "", verdict(claims(experiment, found))]
-    return "\n".join(lines) + "\n"
-
-
-# ------------------------------------------------------------------------------------------------------------- the figures
-
-STYLES = [("#12355b", "-", "o"), ("#d1495b", "--", "s"), ("#2e8b57", "-.", "^"), ("#7b5ea7", ":", "D"),
-          ("#666666", (0, (5, 1, 1, 1, 1, 1)), "v"), ("#b8860b", (0, (1, 1)), "P")]
-
-
-def middle(found, experiment, settings, metric, scale=100):
-    """(means, sds) over seeds, in percent unless `scale` says otherwise."""
-    values = [scale * np.array(found[experiment, setting, metric][1]) for setting in settings]
-    return [x.mean() for x in values], [x.std(ddof=1) if len(x) > 1 else 0 for x in values]
-
-
-def spread(values, gap, top=np.inf):
-    """Positions near the values, in their order, at least `gap` apart and not above `top`."""
-    order, places = np.argsort(values, kind="stable"), np.sort(np.array(values, float))
-    for _ in range(500):
-        places = np.minimum(places, top)
-        for i in range(len(places) - 1):
-            push = max(0, gap - (places[i + 1] - places[i])) / 2
-            places[i], places[i + 1] = places[i] - push, places[i + 1] + push
-    return places[np.argsort(order, kind="stable")]
-
-
-def label_ends(axis, x, ends, labels, gap=0.08, side="left"):
-    """Name the lines at their ends, moved apart where they would overlap; `gap` is a share of the axis' height, `side` that of the text
-    where the line is."""
-    low, high = axis.get_ylim()
-    for y, place, text, style in zip(ends, spread(ends, gap * (high - low), high), labels, STYLES):
-        offset = 9 if side == "left" else -9, (place - y) / (high - low) * axis.bbox.height * 72 / axis.figure.dpi
-        axis.annotate(text, (x, y), offset, textcoords="offset points", color=style[0], va="center", ha=side)
-
-
-def figures(found, rises, folder):
-    """findings-*.png of the experiments that there are."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 10, "axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.grid": True, "grid.alpha": 0.25})
-    have = {experiment for experiment, _, _ in found}
-    settings_of = lambda experiment: list(dict.fromkeys(setting for e, setting, _ in found if e == experiment))
-
-    def save(figure, name):
-        figure.savefig(folder / f"findings-{name}.png", dpi=130)
-        plt.close(figure)
-
-    if "training" in have:
-        figure, axis = plt.subplots(figsize=(9, 4.6), layout="constrained")
-        names = ["base", *METHODS]
-        for metric, (color, _, marker), offset in zip(("greedy", "T = 1"), STYLES, (-0.12, 0.12)):
-            means, sds = middle(found, "training", names, metric)
-            axis.errorbar(means, np.arange(len(names)) + offset, xerr=sds, color=color, marker=marker, linestyle="", capsize=3,
-                          markerfacecolor=color if metric == "greedy" else "white")
-            axis.annotate(metric, (means[0], 0), (0, 9), textcoords="offset points", color=color, ha="center")
-            axis.axvline(means[0], color=color, linestyle=":", linewidth=1)
-        ticks = ["base"] + [f"{name} (labels)" if reads else name for name, (_, reads) in METHODS.items()]
-        axis.set(yticks=range(len(names)), yticklabels=ticks, ylim=(len(names) - 0.5, -0.9), xlim=(0, 103), title="After training",
-                 xlabel="held-out accuracy, %; dotted: the base model")
-        save(figure, "training")
-
-    panels = [x for x in ("kl", "rollouts", "delta", "descent") if x in have]
-    if panels:
-        figure, axes = plt.subplots(1, len(panels), figsize=(2.5 * len(panels), 3.1), layout="constrained", sharey=True, squeeze=False)
-        titles = dict(kl=("EM-RL token", "weight β of the KL"), rollouts=("EM-RL sequence", "responses a prompt, N"),
-                      delta=("EM-INF, 10 steps", "δ, nats"), descent=("EM-INF, δ = 0.3", "steps of descent"))
-        for axis, experiment in zip(axes[0], panels):
-            settings = settings_of(experiment)
-            metrics = ("greedy", "T = 1") if experiment in SWEEPS else ("accuracy",)
-            for metric, (color, line, marker) in zip(metrics, STYLES if len(metrics) == 2 else STYLES[1:]):
-                means, sds = middle(found, experiment, settings, metric)
-                axis.errorbar(range(len(settings)), means, sds, color=color, linestyle=line, marker=marker, capsize=3)
-                below = metric != "greedy" and means[0] > 12
-                axis.annotate("T = 1" if metric == "accuracy" else metric, (0, means[0]), (-4, -16 if below else 8), color=color,
-                              textcoords="offset points")
-            axis.set(xticks=range(len(settings)), xticklabels=settings, xlabel=titles[experiment][1], title=titles[experiment][0],
-                     xlim=(-0.4, len(settings) - 0.6), ylim=(0, 112))
-        axes[0][0].set(ylabel="held-out accuracy, %", yticks=range(0, 101, 20))
-        save(figure, "ablations")
-
-    if rises:
-        figure, axes = plt.subplots(2, 2, figsize=(9.6, 6), layout="constrained", sharex=True)
-        kinds = [("val_greedy", "accuracy, greedy", "share right, %", 100), ("val_sampled", "accuracy, T = 1", "share right, %", 100),
-                 ("entropy", "entropy of its own samples", "nats per token", 1), ("length", "length of its own samples", "tokens", 1)]
-        for axis, (key, title, unit, scale) in zip(axes.flat, kinds):
-            ends = []
-            for (setting, runs), (color, line, _) in zip(rises.items(), STYLES):
-                steps = [row["step"] for row in runs[0] if row[key] != ""]
-                values = scale * np.array([[row[key] for row in rows if row[key] != ""] for rows in runs])
-                mean, sd = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else 0 * values[0]
-                axis.plot(steps, mean, color=color, linestyle=line, linewidth=1.8)
-                axis.fill_between(steps, mean - sd, mean + sd, color=color, alpha=0.15, linewidth=0)
-                for stop in filter(None, map(guard_stop, runs)):
-                    axis.plot(stop, np.interp(stop, steps, mean), marker="X", markersize=8, color=color, markeredgecolor="white")
-                ends.append(mean[-1])
-            top = 105 if scale == 100 else None
-            axis.set(title=title, ylabel=unit, ylim=(0, top))
-            axis.set_ylim(0, axis.get_ylim()[1])
-            label_ends(axis, steps[-1], ends, rises)
-        for axis in axes[1]:
-            axis.set_xlabel(f"step; X: where the guard, at {GUARD:.0f}, would stop a run")
-        save(figure, "rise")
-
-    if "fails" in have:
-        shares = sorted((int(x) for x in settings_of("fails") if x.isdigit()))
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.4), layout="constrained", sharey=True, width_ratios=(1.25, 1))
-        kinds = [(reward, metric) for metric in ("greedy", "T = 1") for reward in REWARDS]
-        surer, low, high = (middle(found, "fails", map(str, shares), key)[0] for key in ("right is surer", "from", "to"))
-        ends = []
-        intervals = np.array([np.subtract(surer, low), np.subtract(high, surer)])
-        for (reward, metric), (color, line, marker) in zip(kinds, STYLES):
-            means, sds = middle(found, "fails", [f"{share}, {reward}" for share in shares], f"gain {metric}")
-            left.errorbar(shares, means, sds, color=color, linestyle=line, marker=marker, capsize=3)
-            right.errorbar(surer, means, sds, intervals, color=color, linestyle="", marker=marker, capsize=2, elinewidth=0.8)
-            ends.append(means[-1])
-        bottom, top = left.get_ylim()
-        left.set(xlabel="confident answers that are right, %", ylabel="EM-RL's gain, points", xticks=shares, xlim=(-10, 110),
-                 ylim=(bottom, top + 0.22 * (top - bottom)), title="Gain, and what the diagnosis said before")
-        places = spread(surer, 0.13 * np.subtract(*right.get_xlim()[::-1]))
-        for x, share in enumerate(shares):
-            word = cell(*found["fails", str(share), "diagnosis"]).replace("likely ", "likely\n")
-            left.text(share, left.get_ylim()[1], word, ha="center", va="top", fontsize=9)
-            right.text(places[x], left.get_ylim()[1], f"{share} %", ha="center", va="top", fontsize=9,
-                       bbox=dict(facecolor="white", edgecolor="none", pad=1))
-        right.set(xlabel="pairs in which the right answer is the surer, % (bars: 95 %)", title="The same gain against the diagnosis")
-        for axis in left, right:
-            axis.axhline(0, color="black", linewidth=1)
-        right.axvline(50, color="black", linewidth=1)
-        label_ends(left, shares[-1], ends, map(", ".join, kinds))
-        save(figure, "fails")
-
-    if "diversity" in have:
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.2), layout="constrained", width_ratios=(1.5, 1))
-        ks = sorted({int(metric[5:]) for e, _, metric in found if e == "diversity" and metric.startswith("pass@")})
-        ends = []
-        for name, (color, line, marker) in zip(SHARPENED, STYLES):
-            means, sds = zip(*(middle(found, "diversity", [name], f"pass@{k}") for k in ks))
-            left.errorbar(range(len(ks)), np.ravel(means), np.ravel(sds), color=color, linestyle=line, marker=marker, capsize=3)
-            ends.append(means[0][0])
-        left.set(xticks=range(len(ks)), xticklabels=ks, xlabel="k answers a problem at T = 1", ylabel="pass@k, %", ylim=(None, 103),
-                 title="One right answer among k", xlim=(-0.45 * len(ks), len(ks) - 0.8))
-        label_ends(left, 0, ends, SHARPENED, 0.065, "right")  # at k = 1, since at the other end they meet
-        means, sds = middle(found, "diversity", SHARPENED, "ECE", 1)
-        right.barh(range(len(SHARPENED)), means, xerr=sds, color=[style[0] for style in STYLES], height=0.6, capsize=3)
-        right.set(yticks=range(len(SHARPENED)), yticklabels=SHARPENED, ylim=(len(SHARPENED) - 0.5, -0.5), title="Calibration",
-                  xlabel="expected calibration error at T = 1")
-        save(figure, "diversity")
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -661,6 +344,7 @@ def main():
     write((Path("tiny") if shipped else folder) / "findings.md", text)
     write_csv((Path("tiny") if shipped else folder) / "findings.csv", found)
     figures(found, rises, Path("assets") if shipped else folder)
+    idea(Path("assets/idea.png") if shipped else folder / "idea.png")
     print(text)
 
 
