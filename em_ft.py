@@ -38,7 +38,8 @@ from tqdm import tqdm
 
 import run
 from entropy import k3
-from eval import RANK, WORLD, batches, encode_prompt, gather, generate, load_model, load_problems, output_head, score, set_up, stop_ids
+from eval import RANK, WORLD, batches, encode_prompt, gather, load_model, load_problems, output_head, score, set_up, stop_ids
+from rollouts import choose, roll_out, sampler_gap
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), val=str(HERE / "tiny/test.jsonl"),
@@ -74,6 +75,7 @@ def main(argv=None):
     parser.add_argument("--loss", choices=["entropy", "sft"], default="entropy", help="of samples, or of solutions (default: %(default)s)")
     parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL to the initial model; 0: no KL (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=1, metavar="N", help="responses per prompt (default: %(default)s)")
+    parser.add_argument("--rollouts-with", choices=["generate", "paged"], help="model.generate, or a paged KV cache (default: see rollouts.py)")
     parser.add_argument("--steps", type=int, default=40, help="batches of responses (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=1, metavar="K", help="optimiser steps per batch of responses (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling and of what is scored (default: %(default)s)")
@@ -129,7 +131,9 @@ def main(argv=None):
         stop = stop_ids(model, tokenizer)
         P = sum(p.numel() for p in model.parameters())
         most = max(len(prompt) for _, prompt, _ in train) + args.max_new_tokens  # tokens of the longest sequence there can be
-        offload, memory = run.fit(model, device, args.beta, args.offload, args.checkpointing, max(args.budget, most), max(8 * args.budget, most))
+        how = choose(args.rollouts_with, device)
+        offload, memory = run.fit(model, device, args.beta, args.offload, args.checkpointing, max(args.budget, most),
+                                  max(8 * args.budget, most) if how == "generate" else 0)  # a paged cache takes a share of what is free
         model.to(device)
         reference = load_model(args.model, device, dtype)[0] if args.beta else None
         head = output_head(model, train[0][1])
@@ -148,7 +152,7 @@ def main(argv=None):
     if args.resume:
         start, rows = run.restore(folder, checkpoint, optimizer)
     print(f"model: {args.model}, {P / 1e6:,.1f} M parameters in {model.dtype}".replace("torch.", "") + f" on {WORLD} x {device}")
-    print(f"memory: {memory}")
+    print(f"memory: {memory}; rollouts with {how}")
     print(f"prompts: {len(train):,} of {args.data}, {'in the' if tokenizer.chat_template else 'plain, since there is no'} chat template")
     print(f"held out: {len(val)} problems of {args.val}")
     print(f"a step: {B} prompts x {N} rollouts = {B * N} sequences of at most {most:,} tokens, "
@@ -177,14 +181,14 @@ def main(argv=None):
         epochs = {e: np.random.default_rng((args.seed, e)).permutation(len(train)) for e in set(position // len(train))}
         picks = [epochs[p // len(train)][p % len(train)] for p in position]
         problems, prompts, labels = zip(*[train[i] for i in picks for _ in range(N)])  # B x N, a prompt's rollouts side by side
-        responses = [solution_ids(text) for text in labels] if args.loss == "sft" else (
-            generate(model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "rollouts"))
+        responses, sampled = ([solution_ids(text) for text in labels], None) if args.loss == "sft" else (
+            roll_out(how, model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "rollouts"))
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
         texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
 
         # update: K minibatches of prompts (K = 1: the whole batch, on-policy), each in micro-batches of similar length
         model.train()
-        sums = torch.zeros(3, device=device)  # of loss, entropy and KL over the tokens
+        sums = torch.zeros(4, device=device)  # of loss, entropy, KL and the sampler's gap over the tokens
         for minibatch in torch.arange(B * N).view(B, N).chunk(args.updates):
             minibatch = minibatch.flatten().tolist()
             tokens = sum(len(responses[i]) for i in minibatch)
@@ -195,7 +199,8 @@ def main(argv=None):
                     ref = score(reference, ref_head, *part)[1] if args.beta else logprobs.detach()
                 loss = loss_of(args.loss, entropy, logprobs, ref, here, tokens, args.beta)
                 loss.backward()
-                sums += torch.stack([loss.detach() * tokens, entropy.detach().sum(), k3(logprobs.detach(), ref).sum()])
+                gap = sampler_gap([sampled[i] for i in group], logprobs.detach(), here) * here.sum() if sampled else here.new_zeros(())
+                sums += torch.stack([loss.detach() * tokens, entropy.detach().sum(), k3(logprobs.detach(), ref).sum(), gap])
             grad_norm, changed = optimizer.step(args.grad_clip)
         model.eval()
         if WORLD > 1:
@@ -203,7 +208,7 @@ def main(argv=None):
 
         # log
         tokens, seconds = sum(map(len, responses)), time.time() - started
-        row = {"step": step, **dict(zip(("loss", "entropy", "kl"), (sums / tokens).tolist())),
+        row = {"step": step, **dict(zip(("loss", "entropy", "kl", "gap"), (sums / tokens).tolist())),
                "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N), "grad_norm": grad_norm, "changed": changed,
                "tokens": tokens, "flops": P * sum(lengths) * per_token, "seconds": seconds, "tokens_per_second": tokens / seconds}
         print(f"step {step} | " + " | ".join(f"{key} {row[key]:.4g}" for key in run.COLUMNS[1:] if key in row), flush=True)
@@ -219,6 +224,8 @@ def main(argv=None):
             sample = {"step": step, "set": "rollout", "prompt": problems[0], "response": texts[0]}
             print(f"  {sample}", flush=True)
             run.append(folder / "samples.jsonl", [sample])
+        if warning := run.drifted(rows):
+            print(f"step {step} | warning: {warning}")
         if args.wandb and RANK == 0:
             wandb.log({k: v for k, v in row.items() if v != ""}, step=step)
 

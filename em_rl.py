@@ -38,8 +38,9 @@ from tqdm import tqdm
 
 import run
 from entropy import k3
-from eval import RANK, WORLD, batches, encode_prompt, gather, generate, load_model, load_problems, output_head, score, set_up, stop_ids
+from eval import RANK, WORLD, batches, encode_prompt, gather, load_model, load_problems, output_head, score, set_up, stop_ids
 from eval import is_correct, score_all, votes
+from rollouts import choose, roll_out, sampler_gap
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), val=str(HERE / "tiny/test.jsonl"),
@@ -108,6 +109,7 @@ def main(argv=None):
     parser.add_argument("--clip", type=float, default=0.2, help="ratio clip, matters from 2 updates on (default: %(default)s)")
     parser.add_argument("--beta", type=float, default=0.001, help="weight of the KL to the initial model; 0: no KL (default: %(default)s)")
     parser.add_argument("--rollouts", type=int, default=4, metavar="N", help="responses per prompt (default: %(default)s)")
+    parser.add_argument("--rollouts-with", choices=["generate", "paged"], help="model.generate, or a paged KV cache (default: see rollouts.py)")
     parser.add_argument("--steps", type=int, default=100, help="batches of responses (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=1, metavar="K", help="optimiser steps per batch of responses (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling and of what is scored (default: %(default)s)")
@@ -167,7 +169,9 @@ def main(argv=None):
         stop = stop_ids(model, tokenizer)
         P = sum(p.numel() for p in model.parameters())
         most = max(len(prompt) for _, prompt, _ in train) + args.max_new_tokens  # tokens of the longest sequence there can be
-        offload, memory = run.fit(model, device, args.beta, args.offload, args.checkpointing, max(args.budget, most), max(8 * args.budget, most))
+        how = choose(args.rollouts_with, device)
+        offload, memory = run.fit(model, device, args.beta, args.offload, args.checkpointing, max(args.budget, most),
+                                  max(8 * args.budget, most) if how == "generate" else 0)  # a paged cache takes a share of what is free
         model.to(device)
         reference = load_model(args.model, device, dtype)[0] if args.beta else None
         head = output_head(model, train[0][1])
@@ -186,7 +190,7 @@ def main(argv=None):
     if args.resume:
         start, rows = run.restore(folder, checkpoint, optimizer)
     print(f"model: {args.model}, {P / 1e6:,.1f} M parameters in {model.dtype}".replace("torch.", "") + f" on {WORLD} x {device}")
-    print(f"memory: {memory}")
+    print(f"memory: {memory}; rollouts with {how}")
     print(f"prompts: {len(train):,} of {args.data}, {'in the' if tokenizer.chat_template else 'plain, since there is no'} chat template")
     print(f"held out: {len(val)} problems of {args.val}")
     print(f"a step: {B} prompts x {N} rollouts = {B * N} sequences of at most {most:,} tokens, "
@@ -214,7 +218,7 @@ def main(argv=None):
         epochs = {e: np.random.default_rng((args.seed, e)).permutation(len(train)) for e in set(position // len(train))}
         picks = [epochs[p // len(train)][p % len(train)] for p in position]
         problems, prompts, labels = zip(*[train[i] for i in picks for _ in range(N)])  # B x N, a prompt's rollouts side by side
-        responses = generate(model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "rollouts")
+        responses, sampled = roll_out(how, model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "rollouts")
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
         texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
 
@@ -246,6 +250,7 @@ def main(argv=None):
         tokens, seconds = sum(map(len, responses)), time.time() - started
         row = {"step": step, "entropy": entropy.sum().item() / tokens, "reward": rewards.mean().item(),
                "reward_std": rewards.std(1).mean().item(), "kl": k3(old_logprobs, ref_logprobs)[mask].mean().item(),
+               "gap": sampler_gap(sampled, old_logprobs, mask),
                "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N), "grad_norm": grad_norm, "changed": changed,
                "tokens": tokens, "flops": P * sum(lengths) * per_token, "seconds": seconds, "tokens_per_second": tokens / seconds}
         print(f"step {step} | " + " | ".join(f"{key} {row[key]:.4g}" for key in run.COLUMNS[1:] if key in row), flush=True)
@@ -261,6 +266,8 @@ def main(argv=None):
             sample = {"step": step, "set": "rollout", "prompt": problems[0], "response": texts[0], "reward": rewards[0, 0].item()}
             print(f"  {sample}", flush=True)
             run.append(folder / "samples.jsonl", [sample])
+        if warning := run.drifted(rows):
+            print(f"step {step} | warning: {warning}")
         if args.wandb and RANK == 0:
             wandb.log({k: v for k, v in row.items() if v != ""}, step=step)
 

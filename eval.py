@@ -41,7 +41,7 @@ import torch
 from math_verify import parse, verify
 from rapidfuzz.distance import Levenshtein
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessorList
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import sandbox
 from em_inf import AdaptiveTemperature, EMInf
@@ -259,21 +259,52 @@ def pad_left(rows, device):
     return {name: x.to(device) for name, x in inputs.items()}
 
 
+def sampling_config(stop, max_new_tokens, temperature, **more):
+    """A GenerationConfig that says everything `generate` promises: no top-k, no top-p; temperature 0 is greedy."""
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
+    return GenerationConfig(**sampling, max_new_tokens=max_new_tokens, eos_token_id=list(stop), pad_token_id=stop[0], **more)
+
+
+class SampledLogprobs(LogitsProcessor):
+    """Records the log-prob of each sampled token, as the last of the processors: changes nothing. Which token was sampled shows in the next
+    call's ids, so one step's logits, (B, V), are kept, where transformers' own output_logits would keep a whole response's."""
+
+    def __init__(self, temperature):
+        self.temperature, self.logits, self.picked = temperature or 1.0, None, []
+
+    def __call__(self, input_ids, scores):
+        self.pick(input_ids)
+        self.logits = scores
+        return scores
+
+    def pick(self, input_ids):
+        if self.logits is not None:
+            logits = self.logits.float() / self.temperature
+            self.picked.append(logits.gather(-1, input_ids[:, -1:])[:, 0] - logits.logsumexp(-1))  # (B,)
+
+    def take(self, output):
+        """The batch's log-probs, lists of T floats, given `model.generate`'s output (B, prompt + T); ready for the next batch."""
+        self.pick(output)
+        rows = torch.stack(self.picked, -1).tolist()
+        self.logits, self.picked = None, []
+        return rows
+
+
 @torch.no_grad()
-def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18, desc=None, processors=(), streamer=None):
+def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18, desc=None, processors=(), streamer=None, logprobs=None):
     """Sample one response per prompt: lists of token ids -> list of lists of token ids.
 
     Temperature 0 is greedy. Nothing else shapes the distribution: no top-k, no top-p, no penalty, whatever the checkpoint's
     generation_config says. A response ends with the first of the `stop` ids, which belongs to it, or at max_new_tokens without
     one (truncated). Batches hold at most `budget` tokens, prompts and longest responses together. `processors`, LogitsProcessors of
-    transformers, come before the temperature; a `streamer` of transformers gets the tokens of a single prompt as they come.
+    transformers, come before the temperature; a `streamer` of transformers gets the tokens of a single prompt as they come. A list given
+    as `logprobs` gets the log-probs (nats) with which each response's tokens were sampled, as lists of floats.
 
     torchrun's processes share the batches and all get all responses. Each batch has a seed of its own, drawn from the global random
     state, so that it gives the same responses whoever runs it.
     """
-    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else dict(do_sample=False)
-    config = GenerationConfig(**sampling, max_new_tokens=max_new_tokens, eos_token_id=list(stop), pad_token_id=stop[0])
-    groups, responses = batches([len(p) + max_new_tokens for p in prompts], budget), {}
+    config, record = sampling_config(stop, max_new_tokens, temperature), [] if logprobs is None else [SampledLogprobs(temperature)]
+    groups, responses, sampled = batches([len(p) + max_new_tokens for p in prompts], budget), {}, {}
     seeds = torch.randint(2**62, (len(groups),)).tolist()
     was_training, own_config = model.training, model.generation_config
     model.eval()
@@ -285,10 +316,12 @@ def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18
                 torch.manual_seed(seed)
                 inputs = pad_left([prompts[i] for i in group], model.device)
                 output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config,
-                                        logits_processor=LogitsProcessorList(processors), streamer=streamer)
+                                        logits_processor=LogitsProcessorList([*processors, *record]), streamer=streamer)
                 for i, row in zip(group, output[:, inputs["input_ids"].shape[1] :].tolist()):
                     end = next((t for t, token in enumerate(row) if token in stop), len(row) - 1)
                     responses[i] = row[: end + 1]
+                for i, row in zip(group, record[0].take(output) if record else ()):
+                    sampled[i] = row[: len(responses[i])]
                 for processor in processors:
                     if getattr(processor, "seen", None):
                         processor.keep([len(responses[i]) for i in group])
@@ -297,6 +330,9 @@ def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18
         model.generation_config = own_config
         model.train(was_training)
     responses = gather(responses)
+    if logprobs is not None:
+        sampled = gather(sampled)
+        logprobs[:] = [sampled[i] for i in range(len(prompts))]
     return [responses[i] for i in range(len(prompts))]
 
 

@@ -17,6 +17,7 @@ The columns of metrics.csv, empty where a step did not measure something:
     reward, reward_std em_rl.py: mean over the responses; standard deviation within a prompt's N responses, mean over prompts
     length, truncated  response tokens, eos included; share of responses that reached --max-new-tokens without one
     kl                 nats per token, k3 estimate of KL(policy || initial model) on the step's responses
+    gap                nats per token, mean |difference| between the log-probs that the sampler and the trainer give the sampled tokens
     grad_norm          before clipping
     changed            share of the (float32) weights that the step's last update changed, in a sample of at most 10,000 of each tensor
     tokens, flops      response tokens; FLOPs by the paper's count, parameters x tokens (the prompts' too) x 2 to sample, 6 to train, 2 for
@@ -40,7 +41,7 @@ import torch
 
 from eval import RANK, WORLD, evaluate, gather, summary
 
-COLUMNS = ("step entropy loss reward reward_std length truncated kl grad_norm changed tokens flops seconds tokens_per_second "
+COLUMNS = ("step entropy loss reward reward_std length truncated kl gap grad_norm changed tokens flops seconds tokens_per_second "
            "val_greedy val_sampled val_entropy val_length val_truncated").split()
 
 
@@ -282,6 +283,16 @@ def collapsed(rows, factor, window=3):
         return f"truncated responses rose from {truncated0:.0%} to {truncated:.0%}"
     if entropy < 1e-4:
         return f"entropy is {entropy:.1g} nats/token: every response is the same"
+    return None
+
+
+def drifted(rows):
+    """A warning where the sampler's log-probs are farther from the trainer's than in the first steps, else None: then what is scored is no
+    longer what was sampled."""
+    gaps = [row["gap"] for row in rows if row["step"] > 0]
+    usual = sorted(gaps[:3])[len(gaps[:3]) // 2]
+    if gaps[-1] > 3 * usual + 0.01:
+        return f"the sampler's log-probs are {gaps[-1]:.3g} nats off the trainer's, {usual:.3g} at first; --rollouts-with generate is the plain way"
     return None
 
 

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import zlib
@@ -42,6 +43,7 @@ import em_ft
 import em_rl
 import eval as ev  # the name of a Python built-in
 import problems
+import rollouts
 import run
 import sandbox
 import scores
@@ -1157,8 +1159,8 @@ def test_sft_loss_is_the_one_of_transformers(kind):
 def test_what_was_sampled_is_scored_at_the_same_temperature(script, tmp_path, monkeypatch):
     """Sampling at 0.9 and scoring at 1, a slip of others. The reference's log-probs count as well."""
     seen = {}
-    names = ["generate", "score"] + ["score_all"] * hasattr(script, "score_all")
-    for name, place in zip(names, (4, 4, 4)):
+    names = ["roll_out", "score"] + ["score_all"] * hasattr(script, "score_all")
+    for name, place in zip(names, (5, 4, 4)):
         inner = getattr(script, name)
         monkeypatch.setattr(script, name, lambda *args, name=name, place=place, inner=inner: seen.setdefault(name, []).append(args[place]) or inner(*args))
     script.main(FAST + ["--val", "none", "--steps", "1", "--beta", "0.1", "--rollouts", "2", "--temperature", "0.7", "--out", str(tmp_path / "run")])
@@ -1725,6 +1727,155 @@ def test_a_gpu_without_bf16_trains_in_float32(monkeypatch):
     for native, dtype in (True, torch.bfloat16), (False, torch.float32):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, native=native: native or including_emulation)
         assert ev.set_up() == ("cuda", dtype) and ev.set_up("cpu") == ("cpu", torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------------------ paged rollouts
+
+
+def test_a_gap_between_sampler_and_trainer_that_grows_is_said():
+    rows = [{"step": 0, "gap": ""}] + [{"step": i, "gap": 0.01} for i in range(1, 9)]
+    assert run.drifted(rows) is None and run.drifted(rows[:2]) is None
+    assert "0.05 nats" in run.drifted(rows + [{"step": 9, "gap": 0.05}])
+
+
+def test_a_run_with_paged_rollouts_logs_a_small_gap_and_another_process_does_its_share(tmp_path, monkeypatch):
+    em_rl.main(FAST + ["--val", "none", "--steps", "2", "--rollouts-with", "paged", "--max-new-tokens", "16", "--out", str(tmp_path / "run")])
+    assert all(0 <= float(row["gap"]) < 1e-4 for row in metrics(tmp_path / "run")[1:])
+    prompts, parts = [[1, 2], [3, 4], [5, 6]] * 2, {}
+    monkeypatch.setattr(rollouts, "generate_paged", lambda model, mine, *_, logprobs, **__: logprobs.extend([-p[0]] for p in mine) or mine)
+    monkeypatch.setattr(rollouts, "WORLD", 2)
+    monkeypatch.setattr(rollouts, "gather", lambda mine: parts.update(mine) or parts)
+    for rank in 1, 0:
+        monkeypatch.setattr(rollouts, "RANK", rank)
+        with suppress(KeyError):  # the first has not got the other's yet
+            assert rollouts.roll_out("paged", None, prompts, [9], 4, 1.0, 0) == (prompts, [[-1], [-3], [-5]] * 2)
+    assert len(parts) == 6
+
+
+def tiny_prompts(tokenizer, count):
+    return [ev.encode_prompt(tokenizer, p["prompt"]) for p in ev.load_problems(HERE / "tiny/test.jsonl")[:count]]
+
+
+def same_distribution(a, b):
+    """p-value of the chi-square test that two samples of one size come from one distribution; outcomes seen less than 10 times are one."""
+    counts = [(a.count(x), b.count(x)) for x in {*a, *b}]
+    cells = [c for c in counts if sum(c) >= 10] + [tuple(map(sum, zip((0, 0), *(c for c in counts if sum(c) < 10))))]
+    chi2 = sum((m - n) ** 2 / (m + n) for m, n in cells if m + n)
+    return torch.special.gammaincc(torch.tensor((sum(m + n > 0 for m, n in cells) - 1) / 2), torch.tensor(chi2 / 2)).item()
+
+
+def test_paged_rollouts_have_generates_distribution_eos_and_truncation_included(tiny):
+    """Guards: a first token that all rollouts of a prompt share, a default top-k, an EOS lost or doubled, prompts mixed up."""
+    model, tokenizer = tiny
+    prompts = [p for p in tiny_prompts(tokenizer, 16) for _ in range(256)]
+    torch.manual_seed(0)
+    plain, paged = ev.generate(model, prompts, [279], 8), rollouts.generate_paged(model, prompts, [279], 8)
+    for sample in plain, paged:
+        assert len(sample) == 4096 and all(r.count(279) == (r[-1] == 279) for r in sample)
+        assert {len(r) for r in sample if r[-1] != 279} == {8} and 0.3 < sum(r[-1] == 279 for r in sample) / 4096 < 0.5
+    of_prompts = lambda sample, f: [(i // 256, f(r)) for i, r in enumerate(sample)]
+    for f in tuple, len, lambda r: r[0], lambda r: r[-1] == 279:
+        assert same_distribution(of_prompts(plain, f), of_prompts(paged, f)) > 1e-3
+    assert all(len(set(map(tuple, paged[i : i + 256]))) > 1 for i in range(0, 4096, 256))  # rollouts of one prompt differ
+    assert same_distribution(of_prompts(plain, tuple), of_prompts(paged[256:] + paged[:256], tuple)) < 1e-3  # and the test has teeth
+
+
+@pytest.mark.parametrize("sampler", [ev.generate, rollouts.generate_paged])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_samplers_logprobs_are_the_trainers_and_the_first_of_several_stops_ends_a_response(tiny, sampler, temperature):
+    model, tokenizer = tiny
+    prompts = [p for p in tiny_prompts(tokenizer, 15) for _ in range(3)]
+    prompts, stop, sampled = prompts[::2] + prompts[1::2], [279, 44, 50], ["of an earlier step"]  # rollouts of a prompt not side by side
+    torch.manual_seed(0)
+    responses = sampler(model, prompts, stop, 6, temperature, logprobs=sampled)
+    assert [len(r) for r in sampled] == [len(r) for r in responses] and max(map(len, responses)) == 6
+    assert not any(set(r[:-1]) & set(stop) for r in responses) and len({r[-1] for r in responses} & set(stop)) > 1
+    assert all(r[-1] in stop for r in responses if len(r) < 6)
+    head = ev.output_head(model, prompts[0])
+    _, logprobs, mask = ev.score_all(model, head, prompts, responses, temperature or 1.0)
+    torch.testing.assert_close(torch.tensor(sum(sampled, [])), logprobs[mask], atol=1e-4, rtol=0)
+    assert rollouts.sampler_gap(sampled, logprobs, mask) < 1e-5
+    assert rollouts.sampler_gap(sampled, *ev.score_all(model, head, prompts, responses, 0.5)[1:]) > 0.02  # scored at another temperature
+
+
+def test_paged_rollouts_leave_the_model_and_the_random_state_as_before_and_are_reproducible(tiny):
+    """Guards: the eval mode, the seed and the paged attention that transformers leaves behind, and a checkpoint's own sampling settings."""
+    model, tokenizer = ev.load_model(HERE / "tiny/base", "cpu")
+    prompts = [p for p in tiny_prompts(tokenizer, 8) for _ in range(2)]
+    model.set_attn_implementation("eager")  # transformers has to put another in its place
+    model.train()
+    torch.manual_seed(3)
+    first = rollouts.generate_paged(model, prompts, [279], 12)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    torch.randint(2**31, ())
+    assert torch.equal(after, torch.get_rng_state())  # one number was drawn, and no more
+    assert model.training and model.config._attn_implementation == "eager"
+    assert rollouts.generate_paged(model, prompts, [279], 12) != first
+    own = transformers.GenerationConfig(do_sample=True, temperature=0.1, top_k=1, top_p=0.1, repetition_penalty=3.0, min_new_tokens=5,
+                                        max_new_tokens=3, suppress_tokens=list(range(48, 58)), eos_token_id=44, num_return_sequences=2)
+    model.generation_config, said = own, own.to_dict()
+    torch.manual_seed(3)
+    assert rollouts.generate_paged(model, prompts, [279], 12) == first
+    assert model.generation_config is own and own.to_dict() == said
+    assert rollouts.generate_paged(model, [], [279], 12) == []
+
+
+@pytest.mark.parametrize("what", ["a failing forward pass", "a lost response", "Ctrl-C", "no start"])
+def test_paged_rollouts_that_fail_say_so_and_leave_the_model_as_before(what, monkeypatch):
+    """Guards: partial results taken for all, and a model left in paged attention with a thread at work in it."""
+    model, tokenizer = ev.load_model(HERE / "tiny/base", "cpu")
+    model.set_attn_implementation("eager")
+    model.train()
+    own, manager = model.generation_config, transformers.ContinuousBatchingManager
+    if what == "a failing forward pass":
+        calls = itertools.count()
+        model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0 if next(calls) == 5 else None)
+        error, words = RuntimeError, "prompt [0-7]: .*division by zero.*--rollouts-with generate"
+    elif what == "a lost response":
+        monkeypatch.setattr(manager, "get_result", lambda self, timeout: self._generation_thread.join(0.1))
+        monkeypatch.setattr(manager, "is_running", lambda self: False)
+        error, words = RuntimeError, "after 0 of 8 responses.*--rollouts-with generate"
+    elif what == "Ctrl-C":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # runs of earlier tests have left theirs
+        monkeypatch.setattr(manager, "get_result", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        error, words = KeyboardInterrupt, None
+    else:
+        monkeypatch.setattr(manager, "warmup", lambda _: (_ for _ in ()).throw(MemoryError("Memory footprint 2 is more than 1")))
+        error, words = RuntimeError, "can't start: Memory footprint.*--rollouts-with generate"
+    torch.manual_seed(0)
+    with pytest.raises(error, match=words):
+        rollouts.generate_paged(model, tiny_prompts(tokenizer, 8), [279], 64)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.randint(2**31, ())
+    assert torch.equal(after, torch.get_rng_state()) and model.training and model.config._attn_implementation == "eager"
+    assert model.generation_config is own and not [t for t in threading.enumerate() if "_run_generation_loop" in t.name]
+
+
+def test_paged_rollouts_in_a_cache_too_small_for_all_are_whole(tiny, monkeypatch):
+    """Guards: responses cut or scored wrongly where transformers throws a cache away and computes it again, and one-token prompts."""
+    class Tight(transformers.ContinuousBatchingConfig):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, {"num_blocks": 6, "page_size": 16}.get(name, value))
+
+    from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+    thrown, real = [], OffloadingManager.offload_requests
+    monkeypatch.setattr(OffloadingManager, "offload_requests", lambda self: thrown.append(1) or real(self))
+    monkeypatch.setattr(rollouts, "ContinuousBatchingConfig", Tight)
+    model, prompts, sampled = random_model("qwen2"), [p for p in rows_of(20, 25, 1) for _ in range(4)], []
+    torch.manual_seed(0)
+    responses = rollouts.generate_paged(model, prompts, [279], 40, logprobs=sampled)
+    _, logprobs, mask = ev.score_all(model, ev.output_head(model, prompts[0]), prompts, responses)
+    assert thrown and sum(len(r) == 40 for r in responses) > 4 and rollouts.sampler_gap(sampled, logprobs, mask) < 1e-4
+
+
+def test_paged_rollouts_refuse_a_model_that_would_be_sampled_wrongly():
+    """Guards: Gemma 2's soft cap on attention, which transformers' paged eager attention leaves out without a word."""
+    model = random_model("gemma2")
+    with pytest.raises(RuntimeError, match="soft cap on attention"):
+        rollouts.generate_paged(model, rows_of(5), [279], 4)
+    assert model.config._attn_implementation == "eager"
 
 
 # -------------------------------------------------------------------------------------------------------------------- tiny/

@@ -355,7 +355,7 @@ def idea(path, prompt="Mod 10, left to right: 9+5-2-3+8-9+7"):
         axis.set_title(f"{kind}: {values.mean():.2f} nats per token, {'right' if ev.is_correct(texts[i], problem) else 'wrong'}", loc="left", color=color)
         for x, token in enumerate(tokens):
             axis.text(x, -0.12, token.replace("\\boxed{", "box{"), ha="center", va="top", fontsize=9, rotation=90 if len(token) > 3 else 0)
-        axis.set(xticks=[], xlim=(-0.7, 39.7), ylim=(0, 2.4), ylabel="nats")
+        axis.set(xticks=[], xlim=(-0.7, 51.9), ylim=(0, 2.4), ylabel="nats")
         axis.grid(axis="x", visible=False)
     figure.suptitle(f"{prompt}     How unsure is the model of each token of its answer?", fontsize=10.5)
     figure.savefig(path, dpi=130)
