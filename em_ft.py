@@ -213,7 +213,7 @@ def main(argv=None):
                "tokens": tokens, "flops": P * sum(lengths) * per_token, "seconds": seconds, "tokens_per_second": tokens / seconds}
         print(f"step {step} | " + " | ".join(f"{key} {row[key]:.4g}" for key in run.COLUMNS[1:] if key in row), flush=True)
         for key in row:
-            assert np.isfinite(row[key]), f"step {step}: {key} is {row[key]}; {folder / 'checkpoint'} is from before; a lower --lr may help"
+            assert np.isfinite(row[key]), f"step {step}: {key} is {row[key]}; {folder}/checkpoint is from before; a lower --lr may help"
 
         # evaluate, and let the guard look
         why = run.collapsed(rows + [row], args.guard)

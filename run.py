@@ -55,20 +55,20 @@ def memory(model, device, reference, offload, checkpointing, tokens, cached):
     """Estimated peak of a step in bytes, by purpose: (on the model's device, in CPU memory besides).
 
     An update holds `tokens` tokens at once, the rollouts before it `cached`; the larger of the two counts. P parameters of b bytes take b P,
-    as much again for a reference, 4 P for gradients (float32), and 12 P / processes for masters and Adam (8 P where weights are float32). A layer keeps
-    some 12 widths of hidden state and 4 of the MLP per token for its backward; with checkpointing one layer does, the others keep their input.
+    as much again for a reference, 4 P for gradients (float32), and 12 P / processes for masters and Adam (8 P where weights are float32).
+    A layer keeps some 12 widths of hidden state and 4 of the MLP per token for its backward; with checkpointing one layer does, and the
+    others keep their input.
     """
     config, P, b = model.config.get_text_config(), sum(p.numel() for p in model.parameters()), model.dtype.itemsize
-    D, L, V = config.hidden_size, config.num_hidden_layers, config.vocab_size
-    heads = config.num_attention_heads
+    D, L, V, heads = config.hidden_size, config.num_hidden_layers, config.vocab_size, config.num_attention_heads
     head_dim, kv_heads = getattr(config, "head_dim", None) or D // heads, getattr(config, "num_key_value_heads", None) or heads
     layer = tokens * b * (12 * D + 4 * (getattr(config, "intermediate_size", None) or 4 * D))
-    activations = (layer + L * tokens * b * D if checkpointing else L * layer) + (4 + b) * V * D + 12 * (2**26 if device.startswith("cuda") else 2**20)  # these are the output head's
-    cache = cached * b * L * 2 * kv_heads * head_dim
-    here = {"weights": b * P, "reference": b * P if reference else 0, "gradients and activations": 4 * P + activations, "rollouts": cache}
-    smaller = min("gradients and activations", "rollouts", key=here.get)
+    output_head = (4 + b) * V * D + 12 * (2**26 if device.startswith("cuda") else 2**20)  # its gradient, and blocks of logits
+    update = 4 * P + output_head + (layer + L * tokens * b * D if checkpointing else L * layer)
+    rollouts = cached * b * L * 2 * kv_heads * head_dim
     optimizer = {"masters and Adam": (12 if offload or b < 4 else 8) * P // WORLD}
-    del here[smaller]
+    here = {"weights": b * P, "reference": b * P if reference else 0}
+    here |= {"gradients and activations": update} if update > rollouts else {"KV cache of the rollouts": rollouts}
     return (here, {key: WORLD * n for key, n in optimizer.items()}) if offload else (here | optimizer, {})
 
 
@@ -102,7 +102,8 @@ class MasterAdamW:
         for i, p in enumerate(self.params):
             if p.dtype != torch.float32:
                 p.register_post_accumulate_grad_hook(functools.partial(self.add, i))
-        self.masters = {i: p if p.dtype == torch.float32 and not offload else p.detach().to("cpu" if offload else p.device, torch.float32, copy=True)
+        copy = lambda p: p.detach().to("cpu" if offload else p.device, torch.float32, copy=True)
+        self.masters = {i: p if p.dtype == torch.float32 and not offload else copy(p)
                         for i, p in enumerate(self.params) if self.owner[i] == RANK}
         self.adam = torch.optim.AdamW(self.masters.values(), lr=lr, fused=True if offload else None)
         largest = max(p.numel() for p in self.params)  # through pinned memory a copy is several times as fast
@@ -292,7 +293,7 @@ def drifted(rows):
     gaps = [row["gap"] for row in rows if row["step"] > 0]
     usual = sorted(gaps[:3])[len(gaps[:3]) // 2]
     if gaps[-1] > 3 * usual + 0.01:
-        return f"the sampler's log-probs are {gaps[-1]:.3g} nats off the trainer's, {usual:.3g} at first; --rollouts-with generate is the plain way"
+        return f"the sampler's log-probs are {gaps[-1]:.3g} nats off the trainer's, {usual:.3g} at first; try --rollouts-with generate"
     return None
 
 
