@@ -25,6 +25,7 @@ VERDICTS = {"likely helps": 1, "unlikely to matter": 0, "harms": -1}
 UNITS = {"share": ".1%", "change of share": "+.1%", "nats/token": ".3f", "tokens": ".1f", "1e9": ".2f", "factor": ".2f",
          "seconds": ".1f", "": ".3f", "count": ".1f"}  # how a table shows them
 TRAINED = "greedy|T = 1|entropy|length|FLOPs"
+FIGURES = {"training": "training", "kl": "ablations", "rise": "rise", "fails": "fails", "diversity": "diversity"}  # experiment: picture above its table
 TABLES = {  # experiment: (heading, first column, metrics, the paper's counterpart)
     "training": (
         "Training", "method", "greedy|T = 1|pass@4|peak greedy|entropy|length|FLOPs",
@@ -175,7 +176,8 @@ def report(found, minutes, seeds, command):
             continue
         if experiment == "fails":
             settings = sorted((x for x in settings if x.isdigit()), key=int, reverse=True)
-        lines += ["", f"## {heading}", "", table(experiment, found, settings, metrics.split("|"), first)]
+        lines += ["", f"## {heading}"] + ["", f"![{heading}](../assets/findings-{FIGURES[experiment]}.png)"] * (experiment in FIGURES)
+        lines += ["", table(experiment, found, settings, metrics.split("|"), first)]
         if experiment == "fails":
             pairs = [f"{share}, {reward}" for share in settings for reward in REWARDS]
             lines += ["", "What EM-RL then gained:", "", table(experiment, found, pairs, ["gain greedy", "gain T = 1"], f"{first}; reward")]
