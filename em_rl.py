@@ -4,11 +4,13 @@ EM-RL: reinforcement learning with the model's own confidence as the only reward
     python em_rl.py                                 # the tiny model, on a laptop's CPU
     python em_rl.py --reward sequence --seed 2
     python em_rl.py --reward correct                # RLOO with labels; --advantage grpo: GRPO; --reward consistency: SC-RL
+    python em_rl.py --model Qwen/Qwen2.5-Math-7B      # the paper's run, on one 80 GB GPU
+    torchrun --nproc_per_node=8 em_rl.py --model Qwen/Qwen2.5-Math-7B                  # several GPUs share each step's batches
+    python em_rl.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val none --prompts 4 --steps 2 --max-new-tokens 64    # on a CPU
 
-The paper's run is --model Qwen/Qwen2.5-Math-7B. A real checkpoint on a CPU, to see that it runs: --model
-HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val none --prompts 4 --steps 2 --max-new-tokens 64. After Ctrl-C, --resume runs/NAME
-goes on, and with --steps 200 it takes a finished run further. What the run's folder holds, and what the columns of metrics.csv mean,
-stands in run.py. Labels are read for the report only (held-out accuracy, every few steps), unless a flag asks for them.
+After Ctrl-C, --resume runs/NAME goes on, and with --steps 200 it takes a finished run further. What the run's folder holds, and what the
+columns of metrics.csv mean, stands in run.py. Labels are read for the report only (held-out accuracy, every few steps), unless a flag asks
+for them. Weights are bfloat16 on a GPU that has it, always with float32 masters; with them in CPU memory a 7B model fits (run.MasterAdamW).
 
 Each step: sample N responses to each of B prompts, reward each for how sure the model was of it, compare the reward with those of the
 other N - 1 (RLOO), and raise the probability of the responses that the model was surer of:
