@@ -150,7 +150,7 @@ class MasterAdamW:
         """Take up this process's share of a `state` of all tensors."""
         with torch.no_grad():
             for i, m in self.masters.items():
-                moments = {key: x if key == "step" else x.to(m.device) for key, x in state[i].items()}
+                moments = {key: x.clone() if key == "step" else x.to(m.device, copy=True) for key, x in state[i].items()}  # from a mapped file
                 m.copy_(moments.pop("master", m))
                 self.adam.state[m] = moments
 

@@ -1722,6 +1722,16 @@ def test_what_does_not_fit_is_offloaded_or_refused_with_the_gigabytes(tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_offloaded_masters_take_the_same_steps_and_the_gap_is_small(tmp_path):
+    for name in "offload", "no-offload":
+        em_rl.main(FAST[:-2] + ["--val", "none", "--steps", "3", "--device", "cuda", f"--{name}", "--out", str(tmp_path / name)])
+    a, b = (metrics(tmp_path / name) for name in ("offload", "no-offload"))
+    for x, y in zip(a[1:], b[1:]):
+        assert float(x["changed"]) > 0.9 and float(x["gap"]) < 0.05
+        assert float(x["reward"]) == pytest.approx(float(y["reward"]), abs=0.02)
+
+
 def test_a_gpu_without_bf16_trains_in_float32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for native, dtype in (True, torch.bfloat16), (False, torch.float32):
