@@ -1957,18 +1957,18 @@ def test_findings_numbers_survive_their_csv_and_look_as_they_should(tmp_path):
 
 def test_the_readmes_numbers_are_those_of_findings_csv_and_its_line_counts_those_of_the_scripts():
     """Tables stand under <!-- table: experiment; first column; metrics, ... --> and numbers before <!--experiment|setting|metric-->."""
-    readme, found = (HERE / "README.md").read_text(), findings.read_csv(HERE / "tiny/findings.csv")
+    readme, course, found = (HERE / "README.md").read_text(), (HERE / "COURSE.md").read_text(), findings.read_csv(HERE / "tiny/findings.csv")
     tables = re.findall(r"<!-- table: (.*?); (.*?); (.*?) -->\n\n(.*?)\n\n", readme, re.DOTALL)
     for experiment, first, metrics, shown in tables:
         settings = list(dict.fromkeys(setting for e, setting, _ in found if e == experiment))
         assert shown == report.table(experiment, found, settings, metrics.split(", "), first)
-    numbers = re.findall(r"([+-]?[\d.]+)( %| points)?<!--(.*?)-->", readme)
+    numbers = re.findall(r"([+-]?[\d.]+)( %| points)?<!--(.*?)-->", readme + course)
     assert len(tables) == 2 and len(numbers) > 10
     for number, percent, key in numbers:
         mean = np.mean(found[tuple(key.split("|"))][1]) * (100 if percent else 1)
         assert float(number) == pytest.approx(mean, abs=0.5001 * 10.0 ** -len(number.partition(".")[2])), key
     measured = readme[readme.index("## What it finds") : readme.index("## A model of your own")]
-    told = re.sub(r"[+-]?[\d.]+( %| points)?<!--.*?-->|^\|.*$", "", measured, flags=re.MULTILINE)
+    told = re.sub(r"[+-]?[\d.]+( %| points)?<!--.*?-->|^\|.*$|β = [\d.]+", "", measured, flags=re.MULTILINE)
     assert not re.findall(r"\d+\.\d+", told), "a number that no command has printed"
     for script, lines in re.findall(r"`(em_\w+\.py)` \|.*\| (\d+) lines \|", readme):
         assert int(lines) == len((HERE / script).read_text().splitlines())
