@@ -312,7 +312,7 @@ def figures(found, rises, folder):
             left.text(share, left.get_ylim()[1], word, ha="center", va="top", fontsize=9)
             right.text(places[x], left.get_ylim()[1], f"{share} %", ha="center", va="top", fontsize=9,
                        bbox=dict(facecolor="white", edgecolor="none", pad=1))
-        right.set(xlabel="pairs in which the right answer is the surer, % (bars: 95 %)", title="The same gain against the diagnosis")
+        right.set(xlabel="right answer is the surer one, % of pairs (95 %)", title="The same gain against the diagnosis")
         for axis in left, right:
             axis.axhline(0, color="black", linewidth=1)
         right.axvline(50, color="black", linewidth=1)
