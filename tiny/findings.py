@@ -39,8 +39,8 @@ from report import REWARDS, SHARPENED, TABLES, VERDICTS, figures, guard_stop, id
 FULL = dict(seeds=3, steps=40, every=10, val=512, samples=16, kl=(0, 0.001, 0.5, 1.5), rollouts=(2, 4, 8, 16),
             delta=(0.05, 0.1, 0.3, 0.5, 1.0), descent=(1, 3, 5, 10, 15), rise_steps=100, rise_every=10,
             worlds=(100, 75, 50, 25, 0), habit_steps=1500, diagnosed=512, answers=8)
-QUICK = dict(seeds=1, steps=10, every=10, val=128, samples=4, kl=(0, 0.001, 1.5), rollouts=(2, 4, 8), delta=(0.05, 0.3, 1.0),
-             descent=(1, 10), rise_steps=25, rise_every=5, worlds=(100, 50, 0), habit_steps=300, diagnosed=128, answers=8)
+QUICK = dict(seeds=1, steps=8, every=8, val=64, samples=4, kl=(0, 0.001, 1.5), rollouts=(2, 4), delta=(0.05, 0.3, 1.0),
+             descent=(1, 10), rise_steps=20, rise_every=5, worlds=(100, 50, 0), habit_steps=150, diagnosed=64, answers=8)
 TOKEN, SEQUENCE = "em_rl.py --reward token", "em_rl.py --reward sequence"
 METHODS = {  # name in the table: script and flags
     "SFT": "em_ft.py --loss sft",
