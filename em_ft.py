@@ -131,7 +131,7 @@ def main(argv=None):
         stop = stop_ids(model, tokenizer)
         P = sum(p.numel() for p in model.parameters())
         most = max(len(prompt) for _, prompt, _ in train) + args.max_new_tokens  # tokens of the longest sequence there can be
-        how, whole = choose(args.rollouts_with, device), args.prompts * args.rollouts * most  # tokens of a step, at most
+        how, whole = choose(args.rollouts_with, device, dtype), args.prompts * args.rollouts * most  # tokens of a step, at most
         update, rollout = (min(max(n * args.budget, most), whole) for n in (1, 8))  # tokens at once
         offload, memory = run.fit(model, device, args.beta, args.offload, args.checkpointing, update, rollout if how == "generate" else 0)
         model.to(device)

@@ -13,11 +13,11 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from eval import RANK, WORLD, gather, generate, sampling_config
 
 
-def choose(how, device):
-    """"generate" or "paged", as asked or, where `how` is None, paged on a GPU with FlashAttention: without it every token would be masked
-    against every other's cache."""
-    fast = device.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 0) and (is_flash_attn_2_available() or is_kernels_available())
-    return how or ("paged" if fast else "generate")
+def choose(how, device, dtype):
+    """"generate" or "paged", as asked or, where `how` is None, paged where FlashAttention works, on a GPU and with 16-bit weights: without
+    it every token would be masked against every other's cache."""
+    fast = device.startswith("cuda") and dtype != torch.float32 and torch.cuda.get_device_capability() >= (8, 0)
+    return how or ("paged" if fast and (is_flash_attn_2_available() or is_kernels_available()) else "generate")
 
 
 def roll_out(how, model, prompts, stop, max_new_tokens, temperature, budget, desc=None):

@@ -1732,6 +1732,16 @@ def test_on_a_gpu_offloaded_masters_take_the_same_steps_and_the_gap_is_small(tmp
         assert float(x["reward"]) == pytest.approx(float(y["reward"]), abs=0.02)
 
 
+def test_rollouts_are_paged_only_where_flash_attention_works(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for there in True, False:
+        monkeypatch.setattr(rollouts, "is_flash_attn_2_available", lambda there=there: there)
+        monkeypatch.setattr(rollouts, "is_kernels_available", lambda: False)
+        assert rollouts.choose(None, "cuda", torch.bfloat16) == ("paged" if there else "generate")
+        assert rollouts.choose(None, "cuda", torch.float32) == rollouts.choose(None, "cpu", torch.float32) == "generate"
+        assert rollouts.choose("paged", "cpu", torch.float32) == "paged"
+
+
 def test_a_gpu_without_bf16_trains_in_float32(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for native, dtype in (True, torch.bfloat16), (False, torch.float32):

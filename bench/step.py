@@ -80,7 +80,7 @@ if __name__ == "__main__":
     with torch.device("meta"):
         shape = AutoModelForCausalLM.from_config(CONFIGS[args.config](), dtype=dtype)
     most = args.prompt_tokens + max(args.length, args.new_tokens)
-    how = rollouts.choose(args.rollouts_with, device)
+    how = rollouts.choose(args.rollouts_with, device, dtype)
     sizes = args.checkpointing, max(args.budget, most), 0 if how == "paged" else max(8 * args.budget, most)
     try:
         offload, memory = run.fit(shape, device, beta, args.offload, *sizes)
