@@ -296,36 +296,48 @@ def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18
 
     Temperature 0 is greedy. Nothing else shapes the distribution: no top-k, no top-p, no penalty, whatever the checkpoint's
     generation_config says. A response ends with the first of the `stop` ids, which belongs to it, or at max_new_tokens without
-    one (truncated). Batches hold at most `budget` tokens, prompts and longest responses together. `processors`, LogitsProcessors of
+    one (truncated). Batches hold at most `budget` tokens, prompts and longest responses together; whenever a quarter of a batch's rows has
+    ended, they leave it and the others go on with their part of the KV cache. `processors`, LogitsProcessors of
     transformers, come before the temperature; a `streamer` of transformers gets the tokens of a single prompt as they come. A list given
     as `logprobs` gets the log-probs (nats) with which each response's tokens were sampled, as lists of floats.
 
     torchrun's processes share the batches and all get all responses. Each batch has a seed of its own, drawn from the global random
     state, so that it gives the same responses whoever runs it.
     """
-    config, record = sampling_config(stop, max_new_tokens, temperature), [] if logprobs is None else [SampledLogprobs(temperature)]
-    groups, responses, sampled = batches([len(p) + max_new_tokens for p in prompts], budget), {}, {}
+    record, stops = [] if logprobs is None else [SampledLogprobs(temperature)], torch.tensor(stop, device=model.device)
+    some_ended = lambda ids, scores, **_: (torch.isin(ids[:, -1], stops).float().mean() >= 0.25).expand(len(ids))  # ended rows are fed stop[0]
+    groups = batches([len(p) + max_new_tokens for p in prompts], budget)
+    responses, sampled = collections.defaultdict(list), collections.defaultdict(list)
     seeds = torch.randint(2**62, (len(groups),)).tolist()
     was_training, own_config = model.training, model.generation_config
     model.eval()
-    model.generation_config = config  # generate() fills what we leave open from here, so nothing of the checkpoint's stays
+    model.generation_config = sampling_config(stop, max_new_tokens, temperature)  # what we leave open below is filled from here, not from the checkpoint
     try:
         with (torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
               tqdm(total=len(prompts), desc=desc, unit="response", leave=False, delay=5, disable=desc is None or RANK > 0) as bar):
             for group, seed in list(zip(groups, seeds))[RANK::WORLD]:
                 torch.manual_seed(seed)
-                inputs = pad_left([prompts[i] for i in group], model.device)
-                output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=config,
-                                        logits_processor=LogitsProcessorList([*processors, *record]), streamer=streamer)
-                for i, row in zip(group, output[:, inputs["input_ids"].shape[1] :].tolist()):
-                    end = next((t for t, token in enumerate(row) if token in stop), len(row) - 1)
-                    responses[i] = row[: end + 1]
-                for i, row in zip(group, record[0].take(output) if record else ()):
-                    sampled[i] = row[: len(responses[i])]
-                for processor in processors:
-                    if getattr(processor, "seen", None):
-                        processor.keep([len(responses[i]) for i in group])
-                bar.update(WORLD * len(group))
+                ids, attention, _ = pad_left([prompts[i] for i in group], model.device).values()
+                cache, left = None, max_new_tokens
+                while group:  # until enough rows have ended
+                    config = sampling_config(stop, left, temperature, return_dict_in_generate=True)
+                    output = model.generate(input_ids=ids, attention_mask=attention, past_key_values=cache, generation_config=config, streamer=streamer,
+                                            logits_processor=LogitsProcessorList([*processors, *record]), stopping_criteria=[some_ended])
+                    rows = output.sequences[:, ids.shape[1] :].tolist()
+                    lengths = [next((n for n, token in enumerate(row, 1) if token in stop), len(row)) for row in rows]
+                    for i, row, n in zip(group, rows, lengths):
+                        responses[i] += row[:n]
+                    for i, row, n in zip(group, record[0].take(output.sequences) if record else (), lengths):
+                        sampled[i] += row[:n]
+                    for processor in processors:
+                        if getattr(processor, "seen", None):
+                            processor.keep(lengths)
+                    left -= len(rows[0])
+                    on = [place for place, i in enumerate(group) if left and responses[i][-1] not in stop]
+                    bar.update(WORLD * (len(group) - len(on)))
+                    group, cache, ids = [group[place] for place in on], output.past_key_values, output.sequences[on]
+                    attention = torch.nn.functional.pad(attention[on], (0, len(rows[0])), value=1)
+                    cache.reorder_cache(torch.tensor(on, dtype=torch.long, device=model.device))
     finally:
         model.generation_config = own_config
         model.train(was_training)

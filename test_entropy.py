@@ -329,6 +329,20 @@ def test_greedy_is_the_argmax_and_a_padded_batch_decodes_like_single_rows(tiny):
         assert model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].argmax(-1).tolist() == response
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "gemma3_text"])
+def test_rows_that_go_on_when_others_have_ended_keep_their_own_cache_mask_and_logprobs(kind, monkeypatch):
+    """At fixed randomness: every draw takes the same quantile of the row's distribution. Guards: a cache of other rows, a mask too short."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, num_samples, **_: (p.cumsum(-1) < 0.7).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1))
+    model, prompts, stop, sampled, rows = random_model(kind), rows_of(*range(3, 27)), list(range(0, 280, 11)), [], []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    together = ev.generate(model, prompts, stop, 30, logprobs=sampled)
+    assert rows[0] == 24 and len(set(rows)) > 3 and sum(rows) < 0.7 * 24 * max(map(len, together))  # the batch got smaller
+    assert len(set(map(len, together))) > 4 and max(map(len, together)) > 12
+    assert together == [ev.generate(model, [prompt], stop, 30)[0] for prompt in prompts]
+    _, logprobs, mask = ev.score_all(model, ev.output_head(model, prompts[0]), prompts, together)
+    torch.testing.assert_close(torch.tensor(sum(sampled, [])), logprobs[mask], atol=1e-4, rtol=1e-4)
+
+
 def test_evaluating_leaves_the_random_state_alone(tiny):
     torch.manual_seed(5)
     before = torch.get_rng_state()
