@@ -944,12 +944,45 @@ def test_diagnosis_follows_the_confidence_within_a_problem():
     rng = np.random.default_rng(0)
     entropy = lambda p, i: 0.1 + 0.2 * i + 0.01 * rng.random()
     greedy = fake_samples(lambda p, i: 0.2, N=1)
-    said = lambda right, **more: ev.diagnose(greedy, fake_samples(entropy, right, **more))
-    assert "likely helps" in (text := said(lambda p, i, H: i < 2)) and "100.0% of the pairs" in text
-    assert "minimisation harms" in said(lambda p, i, H: i > 1)
-    assert "unlikely to matter" in said(lambda p, i, H: i == p % 4)
-    assert "unlikely to matter" in said(lambda p, i, H: i < 2 and p < 20)  # too few problems to say
-    assert "unlikely to matter" in said(lambda p, i, H: True)
+    said = lambda right, **more: ev.diagnosis(greedy, fake_samples(entropy, right, **more))["rewards"]["token"]
+    assert (best := said(lambda p, i, H: i < 2))["verdict"] == "likely helps" and best["surest"] == {1: 0.5, 2: pytest.approx(5 / 6), 4: 1.0}
+    assert said(lambda p, i, H: i > 1)["verdict"] == "harms"
+    assert said(lambda p, i, H: i == p % 4)["verdict"] == "too close to call"
+    assert said(lambda p, i, H: i < 2 and p < 2)["verdict"] == "too close to call"  # two problems do not tell
+    assert [(always := said(lambda p, i, H: True))[key] for key in ("drift", "low", "high", "verdict")] == [0, 0, 0, "too close to call"]
+    assert set(always["surest"].values()) == {1.0}
+    # the second is right, and a little surer than the last two, but the first is the surest by far: a rise, then a fall
+    close = lambda p, i: [0.1, 0.12, 0.9, 0.9][i]
+    text = ev.diagnose(greedy, fake_samples(close, lambda p, i, H: i == 1))
+    assert text.count("likely helps") == 2 and text.count("Not for long: the surest of 4 is right less often than that of 2") == 2
+    harm = ev.diagnose(greedy, fake_samples(entropy, lambda p, i, H: i > 1))
+    assert "reward token harms" in harm and "reward sequence harms" in harm and "Not for long" not in harm
+
+
+def test_the_surest_of_k_is_that_of_all_subsets():
+    rng = np.random.default_rng(0)
+    sure, right = rng.random(7), rng.random(7) < 0.5
+    for k in range(1, 8):
+        subsets = [max(subset, key=lambda i: sure[i]) for subset in itertools.combinations(range(7), k)]
+        assert scores.surest_of_k(sure, right, k) == pytest.approx(np.mean(right[subsets]))
+
+
+def test_drift_is_what_a_small_tilt_towards_confidence_does_to_accuracy():
+    """Against exact distributions over 6 answers to each of 50 problems, tilted until the KL is 1e-4 nats on average."""
+    rng = np.random.default_rng(0)
+    p, sure, right = rng.dirichlet(np.ones(6), size=50), rng.normal(size=(50, 6)), rng.random((50, 6)) < 0.4
+    tilted = lambda eta: (q := p * np.exp(eta * sure)) / q.sum(1, keepdims=True)
+    kl = lambda eta: (tilted(eta) * np.log(tilted(eta) / p)).sum(1).mean()
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        low, high = ((low + high) / 2, high) if kl((low + high) / 2) < 1e-4 else (low, (low + high) / 2)
+    exact = ((tilted(low) - p) * right).sum(1).mean()
+    drawn = [rng.choice(6, size=20_000, p=row) for row in p]
+    change, *interval = scores.drift([sure[i][d] for i, d in enumerate(drawn)], [right[i][d] for i, d in enumerate(drawn)], kl=1e-4)
+    assert change == pytest.approx(exact, rel=0.05, abs=1e-5) and interval[0] < change < interval[1]
+    small = [scores.drift([sure[i][d[:4]] for i, d in enumerate(draws)], [right[i][d[:4]] for i, d in enumerate(draws)], kl=1e-4)[0]
+             for draws in ([rng.choice(6, size=4, p=row) for row in p] for _ in range(400))]
+    assert np.mean(small) == pytest.approx(exact, abs=4 * np.std(small) / 20 + 0.02 * abs(exact))  # four responses do, without bias
 
 
 def test_an_interrupted_evaluation_goes_on_and_samples_alone_give_the_scores_again(tmp_path, capsys):
