@@ -311,7 +311,7 @@ def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18
     seeds = torch.randint(2**62, (len(groups),)).tolist()
     was_training, own_config = model.training, model.generation_config
     model.eval()
-    model.generation_config = sampling_config(stop, max_new_tokens, temperature)  # what we leave open below is filled from here, not from the checkpoint
+    model.generation_config = sampling_config(stop, max_new_tokens, temperature)  # generate() fills what we leave open from here
     try:
         with (torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
               tqdm(total=len(prompts), desc=desc, unit="response", leave=False, delay=5, disable=desc is None or RANK > 0) as bar):
@@ -319,10 +319,11 @@ def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18
                 torch.manual_seed(seed)
                 ids, attention, _ = pad_left([prompts[i] for i in group], model.device).values()
                 cache, left = None, max_new_tokens
-                while group:  # until enough rows have ended
+                while group:  # a round ends when enough rows have
                     config = sampling_config(stop, left, temperature, return_dict_in_generate=True)
-                    output = model.generate(input_ids=ids, attention_mask=attention, past_key_values=cache, generation_config=config, streamer=streamer,
-                                            logits_processor=LogitsProcessorList([*processors, *record]), stopping_criteria=[some_ended])
+                    output = model.generate(
+                        input_ids=ids, attention_mask=attention, past_key_values=cache, generation_config=config, streamer=streamer,
+                        logits_processor=LogitsProcessorList([*processors, *record]), stopping_criteria=[some_ended])
                     rows = output.sequences[:, ids.shape[1] :].tolist()
                     lengths = [next((n for n, token in enumerate(row, 1) if token in stop), len(row)) for row in rows]
                     for i, row, n in zip(group, rows, lengths):
@@ -493,8 +494,8 @@ def diagnose(greedy, sampled):
              f"\n| reward | the first 0.1 nats at T = 1, points | 95 % | right is the surest of {', '.join(map(str, d['rewards']['token']['surest']))} "
              "| AUROC |\n|---|---|---|---|---|"]
     for name, r in d["rewards"].items():
-        lines.append(f"| {name} | {100 * r['drift']:+.1f} | {100 * r['low']:+.1f} to {100 * r['high']:+.1f} | {', '.join(f'{x:.1%}' for x in r['surest'].values())} "
-                     f"| {r['auroc']:.3f} |")
+        lines.append(f"| {name} | {100 * r['drift']:+.1f} | {100 * r['low']:+.1f} to {100 * r['high']:+.1f} | "
+                     f"{', '.join(f'{x:.1%}' for x in r['surest'].values())} | {r['auroc']:.3f} |")
     for name, r in d["rewards"].items():
         lines.append(f"\nEM-RL with reward {name} " + {"likely helps": "likely helps: surer answers are better ones.",
                      "harms": "harms: surer answers are worse ones.",
@@ -552,7 +553,8 @@ def main(argv=None):
     parser.add_argument("--resume", metavar="FOLDER", help="go on with an interrupted evaluation")
     parser.add_argument("--regrade", metavar="FOLDER", help="grade an evaluation's samples again and print its table; needs no model")
     parser.add_argument("--compare", nargs=2, metavar="FOLDER", help="paired difference between two evaluations on the same problems")
-    parser.add_argument("--diagnose", action="store_true", help="will EM help this model on these problems? 512 of them, 8 answers each")
+    parser.add_argument("--diagnose", action="store_true", help="will EM help this model on these problems? "
+                        "512 of them, 8 answers each, where --limit and --n say nothing else")
     args = parser.parse_args(argv)
     try:
         for folder in args.compare or [args.regrade] * bool(args.regrade):
@@ -573,7 +575,7 @@ def main(argv=None):
             parser.set_defaults(**settings)
             args = parser.parse_args(argv)
         if args.diagnose:
-            args.limit, args.decode, args.n, args.seeds = args.limit or 512, "greedy,sample@1", 8, 1
+            args.limit, args.decode, args.n, args.seeds = args.limit or 512, "greedy,sample@1", args.n if args.n > 1 else 8, 1
         if min(args.n, args.seeds, args.part, args.max_new_tokens) < 1:
             raise ValueError(f"--n {args.n}, --seeds {args.seeds}, --part {args.part} and --max-new-tokens {args.max_new_tokens}: 1 or more")
         names = [(data, decoder) for data in args.data.split(",") for decoder in args.decode.split(",")]

@@ -36,7 +36,7 @@ def surest_of_k(confidences, correct, k):
 def drift(confidences, correct, kl=0.1):
     """(change, low, high): what accuracy at T = 1 gains, to first order, when a policy moves `kl` nats a response towards its confidence.
 
-    Tilted to pi_eta(y) ~ pi(y) exp(eta r(y)), which is where a policy gradient with reward r heads, accuracy changes by eta Cov(r, correct)
+    Tilted to pi_eta(y) ~ pi(y) exp(eta r(y)), which is where a natural policy gradient with reward r heads, accuracy changes by eta Cov(r, correct)
     and the KL to pi is eta^2 Var(r) / 2: covariance and variance within a problem, means over problems. `confidences` r and `correct` are
     lists of each problem's n >= 2 responses. The 95 % interval is over problems, at that eta. nan where all are equally sure.
     """

@@ -58,7 +58,8 @@ TABLES = {  # experiment: (heading, first column, metrics, the paper's counterpa
 }
 MORE = {  # a second table: (its heading, is a setting in it?, first column, metrics)
     "rise": ("Asked of the base model before training: what is a worked answer paid, right or wrong, and how often is the surest of k answers "
-             "right? The harder a reward is pushed, the further to the right in its row a model should end:", lambda setting: setting.startswith("base"), "reward",
+             "right? The harder a reward is pushed, the further to the right in its row a model should end:",
+             lambda setting: setting.startswith("base"), "reward",
              "worked, right|worked, wrong|surest of 1|surest of 2|surest of 4|surest of 8|surest of 16"),
     "fails": ("What the diagnosis forecasts (accuracy at T = 1, of the first 0.1 nats of KL a response, with its 95 % interval), and what "
               "EM-RL then gained. A gain within 2 points has no sign:", lambda setting: "," in setting, "confident answers that are right, %; reward",
@@ -319,10 +320,10 @@ def figures(found, rises, folder):
                 forecast, low, high = (middle(found, "fails", settings, key)[0] for key in ("forecast", "from", "to"))
                 right.errorbar(forecast, means, sds, [np.subtract(forecast, low), np.subtract(high, forecast)], color=color, linestyle="",
                                marker=marker, capsize=2)
-                for i, share in enumerate(shares):
-                    right.annotate(f"{share} %", (forecast[i], means[i]), (5, 5 if reward == "sequence" else -13), textcoords="offset points",
-                                   color=color, fontsize=9)
-                right.annotate(reward, (forecast[-1], means[-1] + sds[-1]), (0, 6), textcoords="offset points", color=color, ha="center")
+                side = dict(token=(7, -10, "left", "▲"), sequence=(-7, 5, "right", "◆"))[reward]
+                for x, y, share in zip(forecast, means, shares):
+                    right.annotate(f"{share} %", (x, y), side[:2], textcoords="offset points", color=color, fontsize=9, ha=side[2])
+                right.text(0.5, 0.08 + 0.08 * (reward == "token"), f"{side[3]} reward {reward}", transform=right.transAxes, color=color)
         left.set(xlabel="confident answers that are right, %", ylabel="EM-RL's gain, points", xticks=shares, xlim=(-8, 108), title="What EM-RL gains")
         right.set(xlabel="forecast: the first 0.1 nats of KL, points", ylabel="EM-RL's gain at T = 1, points",
                   title="T = 1, and what the diagnosis had said")
