@@ -1,8 +1,8 @@
 """
 What the README says about the tiny model, measured: the paper's tables in miniature, and where entropy minimisation goes wrong.
 
-    python tiny/findings.py                     # 3 seeds: 161 minutes of one core's time, half as long on two
-    python tiny/findings.py --quick             # every experiment in little, 1 seed: 13 minutes of one core's time
+    python tiny/findings.py                     # 3 seeds: 65 minutes on 2 CPU cores
+    python tiny/findings.py --quick             # every experiment in little, 1 seed: 6 minutes
     python tiny/findings.py --only training,kl  # some of them
 
 Runs em_rl.py and em_ft.py with their defaults plus the flags below, prepare.py, and measurements of its own, as many at a time as there
