@@ -19,6 +19,10 @@ other N - 1 (RLOO), and raise the probability of the responses that the model wa
     A_i = r_i - mean of the other N - 1 rewards
     objective = A_i log pi(y_i) - beta KL(pi || initial model), over the batch's tokens
 
+A reward is a constant. So the token reward steers to where the model is sure, and makes it no surer there: that is em_ft.py's part. In
+expectation, and with sums for means, the sequence reward's gradient is the token reward's plus EM-FT's. Entropy does not see which token
+was drawn, so to the token reward a slip is free, and it may steer too far: see the rise and fall in tiny/findings.md.
+
 Departures from the paper (arXiv 2505.15134) and its released trainer:
   - The objective is divided by the tokens of the whole batch, so that every token weighs the same.
   - A reward is the mean over a response's tokens, as in the released code; the paper's formulas sum (--reward-norm sum). A sum

@@ -47,7 +47,7 @@ import sandbox
 from em_inf import AdaptiveTemperature, EMInf
 from entropy import entropy_and_logprob, token_entropy
 from problems import HUB, hub_says, last_box, load_problems, reach_hub
-from scores import auroc, by_problem, compare, paired_interval, reliability_plot, summary, table
+from scores import auroc, by_problem, compare, drift, reliability_plot, summary, surest_of_k, table
 
 HERE = Path(__file__).parent
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's processes; without it one, number 0
@@ -311,7 +311,7 @@ def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18
     seeds = torch.randint(2**62, (len(groups),)).tolist()
     was_training, own_config = model.training, model.generation_config
     model.eval()
-    model.generation_config = sampling_config(stop, max_new_tokens, temperature)  # what we leave open below is filled from here, not from the checkpoint
+    model.generation_config = sampling_config(stop, max_new_tokens, temperature)  # generate() fills what we leave open from here
     try:
         with (torch.random.fork_rng([model.device] if model.device.type == "cuda" else []),
               tqdm(total=len(prompts), desc=desc, unit="response", leave=False, delay=5, disable=desc is None or RANK > 0) as bar):
@@ -319,10 +319,11 @@ def generate(model, prompts, stop, max_new_tokens, temperature=1.0, budget=2**18
                 torch.manual_seed(seed)
                 ids, attention, _ = pad_left([prompts[i] for i in group], model.device).values()
                 cache, left = None, max_new_tokens
-                while group:  # until enough rows have ended
+                while group:  # a round ends when enough rows have
                     config = sampling_config(stop, left, temperature, return_dict_in_generate=True)
-                    output = model.generate(input_ids=ids, attention_mask=attention, past_key_values=cache, generation_config=config, streamer=streamer,
-                                            logits_processor=LogitsProcessorList([*processors, *record]), stopping_criteria=[some_ended])
+                    output = model.generate(
+                        input_ids=ids, attention_mask=attention, past_key_values=cache, generation_config=config, streamer=streamer,
+                        logits_processor=LogitsProcessorList([*processors, *record]), stopping_criteria=[some_ended])
                     rows = output.sequences[:, ids.shape[1] :].tolist()
                     lengths = [next((n for n, token in enumerate(row, 1) if token in stop), len(row)) for row in rows]
                     for i, row, n in zip(group, rows, lengths):
@@ -465,37 +466,44 @@ def evaluate(model, tokenizer, head, problems, decoder, max_new_tokens, seed=0, 
 def diagnosis(greedy, sampled):
     """Will entropy minimisation help this model on these problems? Samples of greedy decoding, and N a problem at T = 1 -> a dict.
 
-    EM-RL raises the surer of a problem's responses, so what decides is whether they are the right ones. `within`: the share of pairs of a
-    right and a wrong response to the same problem where the right one has the lower entropy, mean over the `problems` that have such pairs;
-    0.5 is chance; `low` and `high` are its 95 % interval over these problems. `verdict`: EM "likely helps" where the interval lies above
-    0.5, "harms" where it lies below, and else, or with fewer than 30 such problems, is "unlikely to matter". For comparison: accuracy `greedy`,
-    `sampled` and of the `majority` of N, `passed` (pass@N), `distinct` answers of N, `auroc` and `sequence` (of entropy and of minus the
-    sequence's log-prob, wrong against right, over all responses), `ece`.
+    EM-RL moves towards the surer of a problem's responses, so what decides is whether they are right. For each reward, token and sequence:
+    `drift`, what accuracy at T = 1 gains as the first 0.1 nats of KL a response are spent on it, with `low` and `high`, its 95 %
+    interval over problems (scores.drift); `verdict`: EM "likely helps" where the interval lies above 0, "harms" where it lies below, else it is
+    "too close to call"; `surest`, how often the surest of k responses is right: the k-th is what a longer way leads to, and where it falls
+    with k, accuracy is to rise and then fall; and `auroc`, of the reward, right against wrong, over all responses. Besides, accuracy
+    `greedy`, `sampled` and of the `majority` of N, `passed` (pass@N), `distinct` answers of N, `ece`, and the number of `problems`.
     """
-    entropies, right, texts = (by_problem(sampled, key) for key in ("entropy", "correct", "response"))
-    pairs = [auroc(entropies[i], np.logical_not(right[i])) for i in entropies if 0 < sum(right[i]) < len(right[i])]
-    within, low, high = paired_interval([0.0] * len(pairs), pairs) if pairs else (math.nan,) * 3
-    verdict = "unlikely to matter" if len(pairs) < 30 or low <= 0.5 <= high else "likely helps" if within > 0.5 else "harms"
-    s = summary(sampled)
-    return {"verdict": verdict, "within": within, "low": low, "high": high, "problems": len(pairs), "of": len(texts), "n": s["n"],
-            "greedy": summary(greedy)["accuracy"], "sampled": s["accuracy"], "passed": s["pass"][s["n"]],
-            "majority": float(np.mean([right[i][most_agreed(texts[i])] for i in texts])),
-            "distinct": float(np.mean([len({last_box(text) for text in group}) for group in texts.values()])), "auroc": s["auroc"],
-            "sequence": auroc([-x["logprob"] * x["length"] for x in sampled], [not x["correct"] for x in sampled]), "ece": s["ece"]}
+    right, texts = (by_problem(sampled, key) for key in ("correct", "response"))
+    s, rewards = summary(sampled), {}
+    for name, key, sign in ("token", "entropy", -1), ("sequence", "logprob", 1):  # means over a response's tokens, as em_rl.py has them
+        sure = {i: sign * np.array(values) for i, values in by_problem(sampled, key).items()}
+        change, low, high = drift(list(sure.values()), list(right.values()))
+        rewards[name] = {"drift": change, "low": low, "high": high, "auroc": auroc(np.concatenate(list(sure.values())), sum(right.values(), [])),
+                         "verdict": "likely helps" if low > 0 else "harms" if high < 0 else "too close to call",
+                         "surest": {k: float(np.mean([surest_of_k(sure[i], right[i], k) for i in right])) for k in (1, *s["pass"])}}
+    return {"rewards": rewards, "problems": len(right), "n": s["n"], "greedy": summary(greedy)["accuracy"], "sampled": s["accuracy"],
+            "passed": s["pass"][s["n"]], "majority": float(np.mean([right[i][most_agreed(texts[i])] for i in texts])),
+            "distinct": float(np.mean([len({last_box(text) for text in group}) for group in texts.values()])), "ece": s["ece"]}
 
 
 def diagnose(greedy, sampled):
     """`diagnosis` as text."""
     d = diagnosis(greedy, sampled)
-    return "\n".join([
-        f"greedy {d['greedy']:.1%}, T = 1 {d['sampled']:.1%}, pass@{d['n']} {d['passed']:.1%}; {d['distinct']:.1f} distinct answers of {d['n']}",
-        f"majority of {d['n']} {d['majority']:.1%}: {d['majority'] - d['greedy']:+.1%} over greedy, {d['majority'] - d['sampled']:+.1%} over T = 1",
-        f"AUROC, wrong against right: of entropy {d['auroc']:.3f}, of minus the sequence's log-prob {d['sequence']:.3f}; ECE {d['ece']:.3f}",
-        f"within a problem: the right answer is the surer one in {d['within']:.1%} of the pairs, 95 % interval {d['low']:.1%} to {d['high']:.1%} "
-        f"({d['problems']} of {d['of']} problems have any)",
-        f"\nEntropy minimisation {d['verdict']} here: it {'can go either way' if d['verdict'].startswith('un') else 'will follow'} "
-        "an order of the model's answers that is " + {"likely helps": "right more often than not.", "harms": "wrong more often than not.",
-        "unlikely to matter": "no better and no worse than chance, as far as these problems tell."}[d["verdict"]]])
+    lines = [f"greedy {d['greedy']:.1%}, T = 1 {d['sampled']:.1%}, majority of {d['n']} {d['majority']:.1%}, pass@{d['n']} {d['passed']:.1%}; "
+             f"{d['distinct']:.1f} distinct answers of {d['n']}; ECE {d['ece']:.3f}",
+             f"\n| reward | the first 0.1 nats at T = 1, points | 95 % | right is the surest of {', '.join(map(str, d['rewards']['token']['surest']))} "
+             "| AUROC |\n|---|---|---|---|---|"]
+    for name, r in d["rewards"].items():
+        lines.append(f"| {name} | {100 * r['drift']:+.1f} | {100 * r['low']:+.1f} to {100 * r['high']:+.1f} | "
+                     f"{', '.join(f'{x:.1%}' for x in r['surest'].values())} | {r['auroc']:.3f} |")
+    for name, r in d["rewards"].items():
+        lines.append(f"\nEM-RL with reward {name} " + {"likely helps": "likely helps: surer answers are better ones.",
+                     "harms": "harms: surer answers are worse ones.",
+                     "too close to call": f"is too close to call with {d['problems']} problems."}[r["verdict"]])
+        k, most = max(r["surest"].items(), key=lambda item: item[1])
+        if r["verdict"] == "likely helps" and r["surest"][d["n"]] < most - 0.02:
+            lines[-1] += f" Not for long: the surest of {d['n']} is right less often than that of {k}. Stop early, or hold it with --beta."
+    return "\n".join(lines)
 
 
 def run_decoders(model, tokenizer, head, problems, decoders, seeds, max_new_tokens, budget, temperature, sharpen=SHARPEN):
@@ -545,7 +553,8 @@ def main(argv=None):
     parser.add_argument("--resume", metavar="FOLDER", help="go on with an interrupted evaluation")
     parser.add_argument("--regrade", metavar="FOLDER", help="grade an evaluation's samples again and print its table; needs no model")
     parser.add_argument("--compare", nargs=2, metavar="FOLDER", help="paired difference between two evaluations on the same problems")
-    parser.add_argument("--diagnose", action="store_true", help="will EM help this model on these problems? 256 of them, 4 answers each")
+    parser.add_argument("--diagnose", action="store_true", help="will EM help this model on these problems? "
+                        "512 of them, 8 answers each, where --limit and --n say nothing else")
     args = parser.parse_args(argv)
     try:
         for folder in args.compare or [args.regrade] * bool(args.regrade):
@@ -566,7 +575,7 @@ def main(argv=None):
             parser.set_defaults(**settings)
             args = parser.parse_args(argv)
         if args.diagnose:
-            args.limit, args.decode, args.n, args.seeds = args.limit or 256, "greedy,sample@1", 4, 1
+            args.limit, args.decode, args.n, args.seeds = args.limit or 512, "greedy,sample@1", args.n if args.n > 1 else 8, 1
         if min(args.n, args.seeds, args.part, args.max_new_tokens) < 1:
             raise ValueError(f"--n {args.n}, --seeds {args.seeds}, --part {args.part} and --max-new-tokens {args.max_new_tokens}: 1 or more")
         names = [(data, decoder) for data in args.data.split(",") for decoder in args.decode.split(",")]

@@ -944,12 +944,54 @@ def test_diagnosis_follows_the_confidence_within_a_problem():
     rng = np.random.default_rng(0)
     entropy = lambda p, i: 0.1 + 0.2 * i + 0.01 * rng.random()
     greedy = fake_samples(lambda p, i: 0.2, N=1)
-    said = lambda right, **more: ev.diagnose(greedy, fake_samples(entropy, right, **more))
-    assert "likely helps" in (text := said(lambda p, i, H: i < 2)) and "100.0% of the pairs" in text
-    assert "minimisation harms" in said(lambda p, i, H: i > 1)
-    assert "unlikely to matter" in said(lambda p, i, H: i == p % 4)
-    assert "unlikely to matter" in said(lambda p, i, H: i < 2 and p < 20)  # too few problems to say
-    assert "unlikely to matter" in said(lambda p, i, H: True)
+    said = lambda right, **more: ev.diagnosis(greedy, fake_samples(entropy, right, **more))["rewards"]["token"]
+    assert (best := said(lambda p, i, H: i < 2))["verdict"] == "likely helps" and best["surest"] == {1: 0.5, 2: pytest.approx(5 / 6), 4: 1.0}
+    assert said(lambda p, i, H: i > 1)["verdict"] == "harms"
+    assert said(lambda p, i, H: i == p % 4)["verdict"] == "too close to call"
+    assert said(lambda p, i, H: i < 2 and p < 2)["verdict"] == "too close to call"  # two problems do not tell
+    assert [(always := said(lambda p, i, H: True))[key] for key in ("drift", "low", "high", "verdict")] == [0, 0, 0, "too close to call"]
+    assert set(always["surest"].values()) == {1.0}
+    # the second is right, and a little surer than the last two, but the first is the surest by far: a rise, then a fall
+    close = lambda p, i: [0.1, 0.12, 0.9, 0.9][i]
+    text = ev.diagnose(greedy, fake_samples(close, lambda p, i, H: i == 1))
+    assert text.count("likely helps") == 2 and text.count("Not for long: the surest of 4 is right less often than that of 2") == 2
+    harm = ev.diagnose(greedy, fake_samples(entropy, lambda p, i, H: i > 1))
+    assert "reward token harms" in harm and "reward sequence harms" in harm and "Not for long" not in harm
+
+
+def test_diagnosis_on_the_command_line_tells_the_rewards_apart(tmp_path, capsys):
+    ev.main(["--diagnose", "--limit", "200", "--n", "4", "--device", "cpu", "--out", str(tmp_path / "a")])
+    said = capsys.readouterr().out
+    rows = {name: [float(x) for x in re.findall(r"[\d.]+(?=%)", row)] for name, row in re.findall(r"\| (token|sequence) (\|.*)", said)}
+    assert rows["token"][0] == rows["sequence"][0] and rows["sequence"][-1] > rows["token"][-1]  # the likelier of 4 is right more often
+    assert "EM-RL with reward token likely helps" in said and "EM-RL with reward sequence likely helps" in said
+    assert "majority of 4" in said and "200 problems" in said
+
+
+def test_the_surest_of_k_is_that_of_all_subsets():
+    rng = np.random.default_rng(0)
+    sure, right = rng.random(7), rng.random(7) < 0.5
+    for k in range(1, 8):
+        subsets = [max(subset, key=lambda i: sure[i]) for subset in itertools.combinations(range(7), k)]
+        assert scores.surest_of_k(sure, right, k) == pytest.approx(np.mean(right[subsets]))
+
+
+def test_drift_is_what_a_small_tilt_towards_confidence_does_to_accuracy():
+    """Against exact distributions over 6 answers to each of 50 problems, tilted until the KL is 1e-4 nats on average."""
+    rng = np.random.default_rng(0)
+    p, sure, right = rng.dirichlet(np.ones(6), size=50), rng.normal(size=(50, 6)), rng.random((50, 6)) < 0.4
+    tilted = lambda eta: (q := p * np.exp(eta * sure)) / q.sum(1, keepdims=True)
+    kl = lambda eta: (tilted(eta) * np.log(tilted(eta) / p)).sum(1).mean()
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        low, high = ((low + high) / 2, high) if kl((low + high) / 2) < 1e-4 else (low, (low + high) / 2)
+    exact = ((tilted(low) - p) * right).sum(1).mean()
+    drawn = [rng.choice(6, size=20_000, p=row) for row in p]
+    change, *interval = scores.drift([sure[i][d] for i, d in enumerate(drawn)], [right[i][d] for i, d in enumerate(drawn)], kl=1e-4)
+    assert change == pytest.approx(exact, rel=0.05, abs=1e-5) and interval[0] < change < interval[1]
+    small = [scores.drift([sure[i][d[:4]] for i, d in enumerate(draws)], [right[i][d[:4]] for i, d in enumerate(draws)], kl=1e-4)[0]
+             for draws in ([rng.choice(6, size=4, p=row) for row in p] for _ in range(400))]
+    assert np.mean(small) == pytest.approx(exact, abs=4 * np.std(small) / 20 + 0.02 * abs(exact))  # four responses do, without bias
 
 
 def test_an_interrupted_evaluation_goes_on_and_samples_alone_give_the_scores_again(tmp_path, capsys):
@@ -1152,6 +1194,38 @@ def test_em_ft_gradient_is_autograd_through_the_whole_logits(kind, beta):
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     got, wanted = (torch.cat([g.flatten() for g in torch.autograd.grad(x, list(model.parameters()))]) for x in (loss, wanted))
     assert relative(got, wanted) < 1e-4
+
+
+def test_the_sequence_rewards_gradient_is_the_token_rewards_plus_em_fts():
+    """Summed and in expectation: EM-RL token steers to where the model is sure, EM-FT makes it surer where it is, EM-RL sequence does both.
+    By brute force over all responses of at most 4 of 3 tokens, EOS among them, of a policy with logits of its own for every prefix."""
+    eos, T = 2, 4
+    prefixes = [prefix for t in range(T) for prefix in itertools.product((0, 1), repeat=t)]
+    responses = [prefix + (eos,) for prefix in prefixes] + list(itertools.product((0, 1), repeat=T))
+    torch.manual_seed(0)
+    logits = torch.randn(len(prefixes), 3, dtype=torch.float64, requires_grad=True)
+    place = torch.tensor([[0] * (T - len(y)) + [prefixes.index(y[:t]) for t in range(len(y))] for y in responses])  # (B, T): rows end at the right
+    tokens = torch.tensor([[0] * (T - len(y)) + list(y) for y in responses])
+    mask = torch.arange(T) >= T - torch.tensor([[len(y)] for y in responses])
+
+    def gradient(loss_of):
+        log_pi = logits.log_softmax(-1)
+        entropy, logprobs = token_entropy(logits)[place] * mask, log_pi[place, tokens] * mask
+        p = logprobs.sum(-1).exp().detach()
+        assert p.sum().item() == pytest.approx(1)
+        return torch.autograd.grad(sum(p[i] * loss_of(i, entropy, logprobs) for i in range(len(responses))), logits)[0]
+
+    def em_rl_loss(kind):
+        def loss_of(i, entropy, logprobs):
+            r = em_rl.reward(kind, entropy.detach()[None], logprobs.detach()[None], mask[None], "sum")[0, i]
+            return em_rl.policy_loss(logprobs[[i]], logprobs[[i]].detach(), None, r[None], mask[[i]], 1, 0.0, 0.2)
+        return loss_of
+
+    em_ft_loss = lambda i, entropy, logprobs: em_ft.loss_of("entropy", entropy[[i]], logprobs[[i]], None, mask[[i]], 1, 0.0)
+    sequence, token, ft = gradient(em_rl_loss("sequence")), gradient(em_rl_loss("token")), gradient(em_ft_loss)
+    torch.testing.assert_close(sequence, token + ft)
+    assert min(token.norm(), ft.norm()) > 0.1 * sequence.norm()  # and neither is all of it
+
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma3_text"])
@@ -1992,7 +2066,7 @@ def test_the_readmes_numbers_are_those_of_findings_csv_and_its_line_counts_those
         mean = np.mean(found[tuple(key.split("|"))][1]) * (100 if percent else 1)
         assert float(number) == pytest.approx(mean, abs=0.5001 * 10.0 ** -len(number.partition(".")[2])), key
     measured = readme[readme.index("## What it finds") : readme.index("## A model of your own")]
-    told = re.sub(r"[+-]?[\d.]+( %| points)?<!--.*?-->|^\|.*$|β = [\d.]+", "", measured, flags=re.MULTILINE)
+    told = re.sub(r"[+-]?[\d.]+( %| points)?<!--.*?-->|^\|.*$|β = [\d.]+|0\.1 nats", "", measured, flags=re.MULTILINE)
     assert not re.findall(r"\d+\.\d+", told), "a number that no command has printed"
     for script, lines in re.findall(r"`(em_\w+\.py)` \|.*\| (\d+) lines \|", readme):
         assert int(lines) == len((HERE / script).read_text().splitlines())

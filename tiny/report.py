@@ -21,7 +21,7 @@ LABELLED = "SFT", "RLOO", "GRPO"  # training reads labels
 REWARDS = "token", "sequence"
 GUARD = 4.0  # the default of --guard
 SHARPENED = "base", "SFT", "RLOO", "EM-FT", "EM-RL token", "EM-RL sequence"
-VERDICTS = {"likely helps": 1, "unlikely to matter": 0, "harms": -1}
+VERDICTS = {"likely helps": 1, "too close to call": 0, "harms": -1}
 UNITS = {"share": ".1%", "change of share": "+.1%", "nats/token": ".3f", "tokens": ".1f", "1e9": ".2f", "factor": ".2f",
          "seconds": ".1f", "": ".3f", "count": ".1f"}  # how a table shows them
 TRAINED = "greedy|T = 1|entropy|length|FLOPs"
@@ -45,18 +45,25 @@ TABLES = {  # experiment: (heading, first column, metrics, the paper's counterpa
     "descent": ("EM-INF: steps of descent, δ = 0.3", "steps", "accuracy|entropy|seconds",
                 "The paper: 5 to 15 steps are enough; its released code takes 3."),
     "rise": (
-        "Rise and fall (fast: ten times the learning rate)", "EM-RL", "peak at step|peak greedy|greedy|T = 1|guard stops at step|greedy there",
+        "Rise and fall (fast: ten times the learning rate)", "EM-RL", "peak at step|peak greedy|greedy|T = 1|length|guard stops at step|greedy there",
         "The paper stops after about 100 steps by validation accuracy; later work finds that such rewards improve a model for some steps "
         "and then ruin it."),
     "fails": (
-        "When it fails", "confident answers that are right, %",
-        "greedy|T = 1|majority over greedy|AUROC|right is surer|from|to|diagnosis|"
-        "sign right (greedy)|sign right (T = 1)",
+        "When it fails", "confident answers that are right, %", "greedy|T = 1|majority over greedy",
         "The paper: EM-RL takes Qwen2.5-Math-7B from 24.9 to 42.9, Llama-3.1-8B-Instruct on MATH from 40.6 to no more than 41.6; its sign "
         "of that is best-of-4 over greedy, +13.4 % against +7.5 %."),
     "diversity": (
         "Calibration and diversity, T = 1", "model", "greedy|pass@1|pass@2|pass@4|pass@8|pass@16|distinct answers|ECE|AUROC",
         "The paper (AMC, Qwen2.5-Math-7B): ECE 64.9 before EM-RL, 43.5 (sequence) and 44.7 (token) after; pass@k it does not report."),
+}
+MORE = {  # a second table: (its heading, is a setting in it?, first column, metrics)
+    "rise": ("Asked of the base model before training: what is a worked answer paid, right or wrong, and how often is the surest of k answers "
+             "right? The harder a reward is pushed, the further to the right in its row a model should end:",
+             lambda setting: setting.startswith("base"), "reward",
+             "worked, right|worked, wrong|surest of 1|surest of 2|surest of 4|surest of 8|surest of 16"),
+    "fails": ("What the diagnosis forecasts (accuracy at T = 1, of the first 0.1 nats of KL a response, with its 95 % interval), and what "
+              "EM-RL then gained. A gain within 2 points has no sign:", lambda setting: "," in setting, "confident answers that are right, %; reward",
+              "forecast|from|to|diagnosis|AUROC|surest of 2|surest of 4|surest of 8|gain greedy|gain T = 1|sign right (greedy)|sign right (T = 1)"),
 }
 
 
@@ -70,7 +77,7 @@ def cell(unit, values):
     if unit == "sign":
         return {value: word for word, value in VERDICTS.items()}[values[0]]
     if unit == "yes":
-        return "yes" if values[0] else "no"
+        return "no sign" if np.isnan(values[0]) else "yes" if values[0] else "no"
     if unit == "step":
         return ", ".join("never" if np.isnan(value) else f"{value:.0f}" for value in values)
     values = [value for value in values if not np.isnan(value)]
@@ -135,16 +142,23 @@ def claims(experiment, found):
         return [(f"{n} steps are enough (not below {last})", not is_(n, "below", last, "accuracy")) for n in enough] + [
             (f"fewer than 3 ({n}) are not enough", is_(n, "below", last, "accuracy")) for n in settings if int(n) < 3]
     if experiment == "rise":
-        return [(f"accuracy falls after its peak ({x})", compared(v(x), v(x, "peak greedy")) == "below") for x in settings] + [
+        runs = [x for x in settings if not x.startswith("base")]
+        surest = {r: [v(f"base, {r}", metric) for e, x, metric in found if (e, x) == (experiment, f"base, {r}") and metric.startswith("surest")]
+                  for r in REWARDS}
+        falls = lambda r: compared(surest[r][-1], max(surest[r], key=np.mean)) == "below"
+        return [(f"accuracy falls after its peak ({x})", compared(v(x), v(x, "peak greedy")) == "below") for x in runs] + [
             (f"the guard stops before greedy accuracy has fallen ({x})", compared(v(x, "greedy there"), v(x, "peak greedy")) != "below")
-            for x in settings if not np.isnan(v(x, "guard stops at step")).any()]
+            for x in runs if not np.isnan(v(x, "guard stops at step")).any()] + [
+            (f"the base model's surest of k foretell {'a' if falls(r) else 'no'} fall ({r}, fast)",
+             falls(r) == (compared(v(f"{r}, fast"), v(f"{r}, fast", "peak greedy")) == "below")) for r in REWARDS]
     if experiment == "fails":
         shares = [x for x in settings if x.isdigit()]
         gain = lambda share: np.concatenate([v(f"{share}, {reward}", f"gain {key}") for reward in REWARDS for key in ("greedy", "T = 1")])
-        right = sum(v(x, f"sign right ({key})")[0] for x in shares for key in ("greedy", "T = 1"))
+        signs = [v(f"{x}, {reward}", f"sign right ({key})")[0] for x in shares for reward in REWARDS for key in ("greedy", "T = 1")]
+        right, there = np.nansum(signs), np.sum(~np.isnan(signs))
         return [("EM helps where confident answers are right", compared(gain(shares[0]), [0.0]) == "above"),
                 ("EM does not help where they are wrong", compared(gain(shares[-1]), [0.0]) != "above"),
-                (f"one can tell before training (here in {right:.0f} of {2 * len(shares)} cases)", right == 2 * len(shares))]
+                (f"one can tell before training (the forecast has the sign of {right:.0f} of the {there} gains that have one)", right == there)]
     most = max((metric for _, _, metric in found if metric.startswith("pass@")), key=lambda metric: int(metric[5:]))
     return [(f"EM-RL {r} lowers the calibration error", is_(f"EM-RL {r}", "below", "base", "ECE")) for r in REWARDS] + [
         (f"{x} costs diversity ({most} falls)", is_(x, "below", "base", most)) for x in SHARPENED if x.startswith("EM")]
@@ -174,15 +188,13 @@ def report(found, minutes, seeds, command):
         settings = list(dict.fromkeys(setting for e, setting, _ in found if e == experiment))
         if not settings:
             continue
-        if experiment == "fails":
-            settings = sorted((x for x in settings if x.isdigit()), key=int, reverse=True)
+        more, inside, label, others = MORE.get(experiment, ("", lambda setting: False, "", ""))
         lines += ["", f"## {heading}"]
         if experiment in FIGURES:
             lines += ["", f"![{heading}](../assets/findings-{FIGURES[experiment]}.png)"]
-        lines += ["", table(experiment, found, settings, metrics.split("|"), first)]
-        if experiment == "fails":
-            pairs = [f"{share}, {reward}" for share in settings for reward in REWARDS]
-            lines += ["", "What EM-RL then gained:", "", table(experiment, found, pairs, ["gain greedy", "gain T = 1"], f"{first}; reward")]
+        lines += ["", table(experiment, found, [x for x in settings if not inside(x)], metrics.split("|"), first)]
+        if more:
+            lines += ["", more, "", table(experiment, found, list(filter(inside, settings)), others.split("|"), label)]
         lines += ["", paper, "", verdict(claims(experiment, found))]
     return "\n".join(lines) + "\n"
 
@@ -269,9 +281,10 @@ def figures(found, rises, folder):
         save(figure, "ablations")
 
     if rises:
-        figure, axes = plt.subplots(2, 2, figsize=(9.6, 6), layout="constrained", sharex=True)
+        ks = [metric for e, x, metric in found if (e, x) == ("rise", f"base, {REWARDS[0]}") and metric.startswith("surest")]
+        figure, axes = plt.subplots(2, 2, figsize=(9.6, 6), layout="constrained")
         kinds = [("val_greedy", "accuracy, greedy", "share right, %", 100), ("val_sampled", "accuracy, T = 1", "share right, %", 100),
-                 ("entropy", "entropy of its own samples", "nats per token", 1), ("length", "length of its own samples", "tokens", 1)]
+                 ("entropy", "entropy of its own samples", "nats per token", 1)]
         for axis, (key, title, unit, scale) in zip(axes.flat, kinds):
             ends = []
             for (setting, runs), (color, line, _) in zip(rises.items(), STYLES):
@@ -283,39 +296,40 @@ def figures(found, rises, folder):
                 for stop in filter(None, map(guard_stop, runs)):
                     axis.plot(stop, np.interp(stop, steps, mean), marker="X", markersize=8, color=color, markeredgecolor="white")
                 ends.append(mean[-1])
-            top = 105 if scale == 100 else None
-            axis.set(title=title, ylabel=unit, ylim=(0, top))
-            axis.set_ylim(0, axis.get_ylim()[1])
+            axis.set(title=title, xlabel="step", ylabel=unit, ylim=(0, 105 if scale == 100 else None))
             label_ends(axis, steps[-1], ends, rises)
-        for axis in axes[1]:
-            axis.set_xlabel(f"step; X: where the guard, at {GUARD:.0f}, would stop a run")
+        axis, ends = axes[1][1], []
+        for reward, (color, line, marker) in zip(REWARDS, (STYLES[1], STYLES[3])):  # those of the fast runs
+            means, sds = zip(*(middle(found, "rise", [f"base, {reward}"], k) for k in ks))
+            axis.errorbar(range(len(ks)), np.ravel(means), np.ravel(sds), color=color, linestyle=line, marker=marker, capsize=3)
+            axis.annotate(f"the surest by\n{reward}", (len(ks) - 1, means[-1][0]), (9, 0), textcoords="offset points", color=color, va="center")
+        axis.set(title="before training: is the surest of k right?", xlabel="k answers of the base model", ylabel="share right, %", ylim=(0, 105),
+                 xticks=range(len(ks)), xticklabels=[k.split()[-1] for k in ks])
         save(figure, "rise")
 
     if "fails" in have:
         shares = sorted((int(x) for x in settings_of("fails") if x.isdigit()))
-        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.4), layout="constrained", sharey=True, width_ratios=(1.25, 1))
-        kinds = [(reward, metric) for metric in ("greedy", "T = 1") for reward in REWARDS]
-        surer, low, high = (middle(found, "fails", map(str, shares), key)[0] for key in ("right is surer", "from", "to"))
-        ends = []
-        intervals = np.array([np.subtract(surer, low), np.subtract(high, surer)])
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 4.4), layout="constrained", width_ratios=(1.25, 1))
+        kinds, ends = [(reward, metric) for metric in ("greedy", "T = 1") for reward in REWARDS], []
         for (reward, metric), (color, line, marker) in zip(kinds, STYLES):
-            means, sds = middle(found, "fails", [f"{share}, {reward}" for share in shares], f"gain {metric}")
+            settings = [f"{share}, {reward}" for share in shares]
+            means, sds = middle(found, "fails", settings, f"gain {metric}")
             left.errorbar(shares, means, sds, color=color, linestyle=line, marker=marker, capsize=3)
-            right.errorbar(surer, means, sds, intervals, color=color, linestyle="", marker=marker, capsize=2, elinewidth=0.8)
             ends.append(means[-1])
-        bottom, top = left.get_ylim()
-        left.set(xlabel="confident answers that are right, %", ylabel="EM-RL's gain, points", xticks=shares, xlim=(-10, 110),
-                 ylim=(bottom, top + 0.22 * (top - bottom)), title="Gain, and what the diagnosis said before")
-        places = spread(surer, 0.13 * np.subtract(*right.get_xlim()[::-1]))
-        for x, share in enumerate(shares):
-            word = cell(*found["fails", str(share), "diagnosis"]).replace("likely ", "likely\n")
-            left.text(share, left.get_ylim()[1], word, ha="center", va="top", fontsize=9)
-            right.text(places[x], left.get_ylim()[1], f"{share} %", ha="center", va="top", fontsize=9,
-                       bbox=dict(facecolor="white", edgecolor="none", pad=1))
-        right.set(xlabel="right answer is the surer one, % of pairs (95 %)", title="The same gain against the diagnosis")
+            if metric == "T = 1":
+                forecast, low, high = (middle(found, "fails", settings, key)[0] for key in ("forecast", "from", "to"))
+                right.errorbar(forecast, means, sds, [np.subtract(forecast, low), np.subtract(high, forecast)], color=color, linestyle="",
+                               marker=marker, capsize=2)
+                side = dict(token=(7, -10, "left", "▲"), sequence=(-7, 5, "right", "◆"))[reward]
+                for x, y, share in zip(forecast, means, shares):
+                    right.annotate(f"{share} %", (x, y), side[:2], textcoords="offset points", color=color, fontsize=9, ha=side[2])
+                right.text(0.5, 0.08 + 0.08 * (reward == "token"), f"{side[3]} reward {reward}", transform=right.transAxes, color=color)
+        left.set(xlabel="confident answers that are right, %", ylabel="EM-RL's gain, points", xticks=shares, xlim=(-8, 108), title="What EM-RL gains")
+        right.set(xlabel="forecast: the first 0.1 nats of KL, points", ylabel="EM-RL's gain at T = 1, points",
+                  title="T = 1, and what the diagnosis had said")
+        right.axvline(0, color="black", linewidth=1)
         for axis in left, right:
             axis.axhline(0, color="black", linewidth=1)
-        right.axvline(50, color="black", linewidth=1)
         label_ends(left, shares[-1], ends, map(", ".join, kinds))
         save(figure, "fails")
 
