@@ -2085,6 +2085,18 @@ def test_findings_guard_stops_where_the_run_would_have_been():
     assert report.guard_stop(rows[:12]) is None
 
 
+def test_findings_do_not_start_twice_in_a_folder_nor_beside_the_jobs_of_a_killed_one(tmp_path):
+    held = findings.lock(tmp_path)
+    job = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held.fileno()])
+    with pytest.raises(SystemExit, match="in use by another"):
+        findings.execute({}, 1, tmp_path)
+    held.close()
+    with pytest.raises(SystemExit, match="jobs of one that was killed"):
+        findings.execute({}, 1, tmp_path)
+    job.communicate(b"\n")
+    assert findings.execute({}, 1, tmp_path) == 0
+
+
 def test_findings_skip_what_is_finished_and_stop_at_what_fails(tmp_path):
     def job(name, code, after=()):
         out = tmp_path / f"{name}.txt"

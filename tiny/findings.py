@@ -15,6 +15,7 @@ decided by the numbers: "above" and "below" mean by more than 2 sd of the differ
 """
 import argparse
 import csv
+import fcntl
 import functools
 import json
 import os
@@ -167,8 +168,18 @@ def finished(job):
     return job["done"].exists() and ("spec" not in job or json.loads(job["done"].read_text())["spec"] == job["spec"])
 
 
-def start(job, logs):
-    """A job's process: from its beginning, or a training run from its checkpoint."""
+def lock(folder):
+    """An open file that locks the folder until it is closed, in every job that inherits it too: those of a killed findings.py go on."""
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"findings.py: {folder} is in use by another findings.py, or by jobs of one that was killed: wait for them, or end them")
+    return file
+
+
+def start(job, logs, held):
+    """A job's process: from its beginning, or a training run from its checkpoint. It holds the lock as long as it runs."""
     command = job.get("command") or ["tiny/findings.py", "--measure", json.dumps(job["spec"])]
     if job["done"].name == "result.json":
         try:
@@ -179,11 +190,12 @@ def start(job, logs):
             command = command + ["--out", str(job["out"])]
     with open(f"{logs}.out", "w") as out, open(f"{logs}.err", "w") as err:  # a session of its own: Ctrl-C reaches this script alone
         return subprocess.Popen([sys.executable, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=err,
-                                start_new_session=True)
+                                start_new_session=True, pass_fds=[held.fileno()])
 
 
 def execute(jobs, at_a_time, folder):
     """Run what is not finished, the long ones first. Raises RuntimeError for the first that fails; the others end with it."""
+    held = lock(folder)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     clock = folder / "seconds.json"  # of each job, pieces of interrupted ones included
     seconds, running = json.loads(clock.read_text()) if clock.exists() else {}, {}
@@ -212,7 +224,7 @@ def execute(jobs, at_a_time, folder):
             ready = [name for name in waiting if set(jobs[name]["after"]) <= done]
             if ready and len(running) < at_a_time:
                 waiting.remove(ready[0])
-                running[start(jobs[ready[0]], folder / "logs" / ready[0])] = ready[0], time.time()
+                running[start(jobs[ready[0]], folder / "logs" / ready[0], held)] = ready[0], time.time()
             else:
                 time.sleep(0.2)
     finally:
@@ -225,6 +237,7 @@ def execute(jobs, at_a_time, folder):
             except subprocess.TimeoutExpired:
                 process.kill()
             stopped(process)
+        held.close()
     return sum(seconds.get(name, 0) for name in jobs)
 
 
