@@ -56,6 +56,7 @@ CODE = "Please reason step by step, and put your final program into one ```pytho
 NOT_ALLOWED = "its answers are programs, and grading runs them: --allow-code-execution (see sandbox.py for what that means)"
 REFINE = "Check this answer step by step, and give a corrected and complete one in the same form."
 SHARPEN = {"em-inf": EMInf, "adaptive-temperature": AdaptiveTemperature}  # what may come before sampling
+CONFIDENCE = {"token": ("entropy", -1), "sequence": ("logprob", 1)}  # em_rl.py's rewards, as means over tokens: a sample's key, and its sign
 SCHEMES = {"greedy": 1, "sample": 1, "self-consistency": 4, "refine": 3}  # how an answer is made, and of how many responses
 REPAIRS = [  # (pattern, replacement): what stands in answers, and what math-verify reads as the same
     (r"[\u2212\u2013]", "-"), ("°", r"^\\circ"), ("·", r"\\cdot "), ("²", "^2"), ("³", "^3"), (r"√(\d+)", r"\\sqrt{\1}"),
@@ -475,7 +476,7 @@ def diagnosis(greedy, sampled):
     """
     right, texts = (by_problem(sampled, key) for key in ("correct", "response"))
     s, rewards = summary(sampled), {}
-    for name, key, sign in ("token", "entropy", -1), ("sequence", "logprob", 1):  # means over a response's tokens, as em_rl.py has them
+    for name, (key, sign) in CONFIDENCE.items():
         sure = {i: sign * np.array(values) for i, values in by_problem(sampled, key).items()}
         change, low, high = drift(list(sure.values()), list(right.values()))
         rewards[name] = {"drift": change, "low": low, "high": high, "auroc": auroc(np.concatenate(list(sure.values())), sum(right.values(), [])),

@@ -149,8 +149,9 @@ def measure(spec):
         results = {name: ev.summary(answers(decoder, **settings)) for name, (decoder, settings) in spec["decoders"].items()}
         return {name: {key: r[key] for key in ("accuracy", "entropy", "flops", "seconds")} for name, r in results.items()}
     samples = answers("sample", spec["n"])
-    result = {"pass": {1: ev.summary(samples)["accuracy"], **ev.summary(samples)["pass"]}} | ev.diagnosis(answers("greedy"), samples)
-    for reward, key, sign in ("token", "entropy", -1), ("sequence", "logprob", 1):
+    s = ev.summary(samples)
+    result = {"pass": {1: s["accuracy"], **s["pass"]}} | ev.diagnosis(answers("greedy"), samples)
+    for reward, (key, sign) in ev.CONFIDENCE.items():
         for name, right in ("worked, right", True), ("worked, wrong", False):
             own = [sign * x[key] for x in samples if "=" in x["response"] and x["correct"] == right]
             result["rewards"][reward][name] = float(np.mean(own)) if own else np.nan
