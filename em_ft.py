@@ -1,31 +1,30 @@
 """
-EM-FT: fine-tuning that minimises the token entropy of the model's own samples. No labels, and no reward either.
+EM-FT: fine-tuning that minimises the token entropy of the model's own samples. No labels.
 
-    python em_ft.py                                 # the tiny model, on a laptop's CPU
-    python em_ft.py --beta 0.001 --rollouts 4       # the paper's ablation: with KL, 4 responses per prompt
-    python em_ft.py --loss sft                      # the supervised twin: cross-entropy on labelled solutions
-    python em_ft.py --model Qwen/Qwen2.5-Math-7B      # the paper's run, on one 80 GB GPU
-    torchrun --nproc_per_node=8 em_ft.py --model Qwen/Qwen2.5-Math-7B                  # several GPUs share each step's batches
-    python em_ft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k --val none --prompts 4 --steps 2 --max-new-tokens 64    # on a CPU
+    python em_ft.py                               # the tiny model, on a laptop's CPU
+    python em_ft.py --beta 0.001 --rollouts 4     # the paper's ablation: KL, 4 responses
+    python em_ft.py --loss sft                    # the supervised twin: labelled solutions
+    python em_ft.py --model Qwen/Qwen2.5-Math-7B  # the paper's run, on one 80 GB GPU
 
-After Ctrl-C, --resume runs/NAME goes on, and with --steps 200 it takes a finished run further. What the run's folder holds, and what the
-columns of metrics.csv mean, stands in run.py. Labels are read for the report only (held-out accuracy, every few steps), unless a flag asks
-for them. Weights are bfloat16 on a GPU that has it, always with float32 masters; with them in CPU memory a 7B model fits (run.MasterAdamW).
-
-Each step: sample N responses to each of B prompts, and follow the gradient of their entropy, through the probabilities and not through
-the sampling:
+Each step samples N responses to each of B prompts. It follows the gradient of their entropy,
+through the probabilities and not through the sampling:
 
     objective = -H(pi(. | y_<t)) - beta KL(pi || initial model), over the batch's tokens
 
-EM-FT sees one token ahead, EM-RL the whole response. On the tiny world (tiny/findings.md) EM-FT takes the noise out of the answers, so that
-T = 1 rises, where the habit it starts from is good: short chains, mostly worked. On long chains a worked answer pays off only after its
-first token, which EM-FT cannot see, so it stays with the majority's blurted ones and greedy accuracy stays, where EM-RL's reaches 100 %.
+It does not see how a token changes the tokens behind it; em_rl.py does.
+
+A response's tokens include the end-of-sequence token that it drew. One that never ends is cut
+at --max-new-tokens and counts like any other. Labels are read for the report only (held-out
+accuracy, every few steps), unless a flag asks for them. After Ctrl-C --resume runs/NAME goes
+on as if nothing had happened, since each step has a seed of its own, and --steps 200 takes a
+finished run further. training/run.py lists a run's files; training/optimizer.py says why the
+weights are bfloat16 on a GPU and have float32 masters.
 
 Departures from the paper (arXiv 2505.15134) and its released trainer:
-  - The objective is divided by the tokens of the whole batch, so that every token weighs the same.
+  - The objective is divided by all tokens of the update: every token weighs the same.
 """
 import argparse
-import json
+import math
 import random
 import sys
 import time
@@ -33,219 +32,219 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from tqdm import tqdm
 
-import run
-from entropy import k3
-from eval import RANK, WORLD, batches, encode_prompt, gather, load_model, load_problems, output_head, score, set_up, stop_ids
-from rollouts import choose, roll_out, sampler_gap
+from entropy import batches, k3, output_head, score, score_all
+from eval import (
+    Help,
+    generate,
+    growth,
+    load_model,
+    load_problems,
+    nonnegative,
+    positive,
+    positive_int,
+    set_up,
+    stop_ids,
+    whole_number,
+)
+from training import report, run
+from training.optimizer import MasterAdamW
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
-TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/train.jsonl"), val=str(HERE / "tiny/test.jsonl"),
-            lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5, budget=8192, checkpointing=False)
+TINY = dict(
+    model=str(HERE / "tiny/base"),
+    data=str(HERE / "tiny/train.jsonl"),
+    val=str(HERE / "tiny/test.jsonl"),
+    lr=1e-4,
+    prompts=64,
+    steps=40,
+    max_new_tokens=64,
+    eval_every=5,
+    save_every=5,
+    budget=8192,
+    rollout_batch=256,
+    checkpointing=False,
+)
 
-# ------------------------------------------------------------------------------------------------------------------ the method
 
-
-def loss_of(kind, entropy, logprobs, ref_logprobs, mask, tokens, beta):
-    """Minus the objective with the KL penalty: (B, T) each, the tokens of the whole update -> scalar, nats per token (section 3.1)."""
-    objective = {"entropy": -entropy, "sft": logprobs}[kind]  # (B, T)
-    if beta:
-        objective = objective - beta * k3(logprobs, ref_logprobs)
-    objective = (objective * mask).sum()
-    objective = objective / tokens
-    return -objective
-
-
+@run.command
 def main(argv=None):
-    # -------------------------------------------------------------------------------------------------------------- settings
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id (default: the tiny model, with the settings under TINY)")
-    parser.add_argument("--data", default="numina", help="training prompts: JSONL file or Hub name (default: %(default)s)")
-    parser.add_argument("--data-size", type=int, default=35_000, help="prompts drawn from --data with the seed (default: %(default)s)")
-    parser.add_argument("--val", default="math500", help="held-out problems: JSONL file, Hub name, or none (default: %(default)s)")
-    parser.add_argument("--val-size", type=int, default=512, help="the first so many held-out problems (default: %(default)s)")
-    parser.add_argument("--out", help="folder for the run (default: a new one in runs/)")
-    parser.add_argument("--resume", metavar="FOLDER", help="go on with the run in FOLDER; its settings hold unless given again")
-    parser.add_argument("--seed", type=int, default=1, help="of everything (default: %(default)s)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of the weights (default: bfloat16 on a GPU that has it)")
-    parser.add_argument("--offload", action=argparse.BooleanOptionalAction, help="float32 masters and Adam in CPU memory (default: if needed)")
-    parser.add_argument("--loss", choices=["entropy", "sft"], default="entropy", help="of samples, or of solutions (default: %(default)s)")
-    parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL to the initial model; 0: no KL (default: %(default)s)")
-    parser.add_argument("--rollouts", type=int, default=1, metavar="N", help="responses per prompt (default: %(default)s)")
-    parser.add_argument("--rollouts-with", choices=["generate", "paged"], help="model.generate, or a paged KV cache (default: see rollouts.py)")
-    parser.add_argument("--steps", type=int, default=40, help="batches of responses (default: %(default)s)")
-    parser.add_argument("--updates", type=int, default=1, metavar="K", help="optimiser steps per batch of responses (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling and of what is scored (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=512, metavar="B", help="prompts per step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=1e-6, help="learning rate, constant (default: %(default)s)")
-    parser.add_argument("--grad-clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    parser.add_argument("--max-prompt-tokens", type=int, default=1024, help="longer prompts are left out (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=3072, help="longest response, tokens (default: %(default)s)")
-    parser.add_argument("--budget", type=int, default=16_384, help="tokens per micro-batch; x 8 in rollouts (default: %(default)s)")
-    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations: less memory")
-    parser.add_argument("--eval-every", type=int, default=10, help="steps between held-out evaluations (default: %(default)s)")
-    parser.add_argument("--save-every", type=int, default=10, help="steps between checkpoints (default: %(default)s)")
-    parser.add_argument("--guard", type=float, default=4.0, metavar="X", help="stop when length or entropy has grown X-fold, or the run "
-                        "has collapsed otherwise (see run.collapsed); 0: never (default: %(default)s)")
-    parser.add_argument("--select", choices=["last", "val"], default="last", help="the result; val: labels choose (default: %(default)s)")
-    parser.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
-    given = parser.parse_args(argv)
-    try:
-        if given.resume:
-            checkpoint = run.checkpoint_of(given.resume)
-            parser.set_defaults(**json.loads((Path(given.resume) / "config.json").read_text()))
-        elif given.model is None:
-            parser.set_defaults(**TINY)
-        args = parser.parse_args(argv)
-        if args.temperature <= 0:
-            raise ValueError(f"--temperature {args.temperature}: samples need a temperature above 0")
-        if not 1 <= args.updates <= args.prompts:
-            raise ValueError(f"--updates {args.updates}: between 1 and the step's {args.prompts} prompts")
+    # ----------------------------------------------------------------------------- settings
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=Help, usage=f"python {NAME} [options]",
+        epilog="Without --model: " + ", ".join(f"{key} {TINY[key]}" for key in TINY),
+    )
+    add = parser.add_argument
+    add("--model", help="folder or Hub id; without it the tiny model, set as said below")
+    add("--data", default="numina", help="training prompts: JSONL file or Hub name")
+    add("--data-size", type=positive_int, default=35_000, help="prompts drawn from --data")
+    add("--val", default="math500", help="held-out problems: JSONL file, Hub name, or none")
+    add("--val-size", type=positive_int, default=512, help="use the first VAL_SIZE of them")
+    add("--out", help="folder for the run; without it a new one in runs/")
+    add("--resume", metavar="FOLDER", help="go on; the run's settings hold unless given again")
+    add("--seed", type=whole_number, default=1, help="random seed")
+    add("--device", help="cuda, mps or cpu; without it the first there is")
+    add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
+        "on a GPU that has it")
+    add("--offload", action=argparse.BooleanOptionalAction, help="float32 masters and Adam in CPU "
+        "memory; without it where a GPU is too small")
+    add("--loss", choices=["entropy", "sft"], default="entropy", help="sft: of labelled solutions")
+    add("--beta", type=nonnegative, default=0.0, help="weight of the KL; 0: no KL")
+    add("--rollouts", type=positive_int, default=1, metavar="N", help="responses per prompt")
+    add("--steps", type=positive_int, default=40, help="batches of responses")
+    add("--rollout-batch", type=positive_int, default=128, help="responses sampled at once")
+    add("--updates", type=positive_int, default=1, metavar="K", help="split a batch into K steps")
+    add("--temperature", type=positive, default=1.0, help="of sampling and of scoring")
+    add("--prompts", type=positive_int, default=512, metavar="B", help="prompts per step")
+    add("--lr", type=positive, default=1e-6, help="learning rate, constant")
+    add("--grad-clip", type=positive, default=1.0, help="largest gradient norm")
+    add("--max-prompt-tokens", type=positive_int, default=1024, help="longer ones are left out")
+    add("--max-new-tokens", type=positive_int, default=3072, help="longest response, tokens")
+    add("--budget", type=positive_int, default=16_384, help="tokens per micro-batch")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
+        help="recompute activations in the backward: less memory")
+    add("--eval-every", type=positive_int, default=10, help="steps between evaluations")
+    add("--save-every", type=positive_int, default=10, help="steps between checkpoints")
+    add("--keep-best", action="store_true", help="keep the best held-out model, by labels")
+    add("--guard", type=growth, default=4.0, metavar="X", help="stop when length or entropy has "
+        "grown X-fold, or the run has collapsed otherwise; 0: never")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+    args = run.parse_args(parser, argv, TINY, NAME)
+    if args.updates > args.prompts:
+        parser.error(f"--updates {args.updates}: at most one for each of --prompts {args.prompts}")
+    label = "solution" if args.loss == "sft" else None  # the only label that training sees
 
-        # ------------------------------------------------------------------------------------------------------------ set-up
-        device, dtype = set_up(args.device, args.dtype)
+    # ------------------------------------------------------------------------------- set-up
+    try:
         if args.wandb:
             import wandb
+        device, dtype = set_up(args.device, args.dtype)
         train = load_problems(args.data)
         train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
-        try:
-            val = [] if args.val == "none" else load_problems(args.val)[: args.val_size]
-        except FileNotFoundError as error:
-            if args.val != "math500":  # the default is used where it can be had
-                raise
-            print(f"no held-out set: {error}")
-            val = []
-        if any("answer" not in problem for problem in val):
-            raise ValueError(f"--val {args.val}: some of its problems have no answer to grade against; --val none goes without")
-        model, tokenizer = load_model(checkpoint if args.resume else args.model, "cpu", dtype)
-        label = "solution" if args.loss == "sft" else None  # the only label that training can see, and only if asked to
-        if label and any(label not in problem for problem in train):
-            raise ValueError(f"--data {args.data}: some of its problems have no \"{label}\", and this run learns from it")
-        train = [(problem["prompt"], encode_prompt(tokenizer, problem["prompt"]), problem.get(label)) for problem in train]
-        train = [row for row in train if len(row[1]) <= args.max_prompt_tokens]
-        if len(train) < args.prompts:
-            raise ValueError(f"--prompts {args.prompts}: {args.data} has only {len(train)} of at most {args.max_prompt_tokens} tokens")
-        stop = stop_ids(model, tokenizer)
-        P = sum(p.numel() for p in model.parameters())
-        most = max(len(prompt) for _, prompt, _ in train) + args.max_new_tokens  # tokens of the longest sequence there can be
-        how, whole = choose(args.rollouts_with, device, dtype), args.prompts * args.rollouts * most  # tokens of a step, at most
-        update, rollout = (min(max(n * args.budget, most), whole) for n in (1, 8))  # tokens at once
-        offload, memory = run.fit(model, device, args.beta, args.offload, args.checkpointing, update, rollout if how == "generate" else 0)
-        model.to(device)
-        reference = load_model(args.model, device, dtype)[0] if args.beta else None
-        head = output_head(model, train[0][1])
-        ref_head = output_head(reference, train[0][1]) if args.beta else None
-        folder = Path(args.resume) if args.resume else run.new_folder(args.out, NAME)
+        val = run.load_held_out(args)
+        weights = run.checkpoint_of(args.resume) if args.resume else args.model
+        model, tokenizer = load_model(weights, device, dtype)
+        train = run.prepare(train, tokenizer, label, args)
+        head = output_head(model, train[0]["ids"])
+        if args.beta:  # the KL needs the initial model beside the one that changes
+            reference, _ = load_model(args.model, device, dtype)
+            ref_head = output_head(reference, train[0]["ids"])
+        optimizer = MasterAdamW(model, args.lr, args.offload)
+        start, history = run.restore(args, optimizer)
+        folder = run.new_folder(args, NAME)
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"{NAME}: {error}")
-    transformers.logging.disable_progress_bar()  # loading a large model shows one; saving a small one need not
     if args.checkpointing:
-        name = "activation_checkpointing_enable"  # what late transformers 5 calls it
-        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
-    optimizer = run.MasterAdamW(model, args.lr, offload)
-    B, N, start, rows = args.prompts, args.rollouts, 0, []
-    title = f"{'EM-FT' if args.loss == 'entropy' else 'SFT'}: {args.model}".replace(str(HERE) + "/", "")
-    per_token = (2 if args.loss == "entropy" else 0) + 6 + (2 if args.beta else 0)  # FLOPs a parameter and token: sample, train, reference
-    if args.resume:
-        start, rows = run.restore(folder, checkpoint, optimizer)
-    print(f"model: {args.model}, {P / 1e6:,.1f} M parameters in {model.dtype}".replace("torch.", "") + f" on {WORLD} x {device}")
-    print(f"memory: {memory}; rollouts with {how}")
-    print(f"prompts: {len(train):,} of {args.data}, {'in the' if tokenizer.chat_template else 'plain, since there is no'} chat template")
-    print(f"held out: {len(val)} problems of {args.val}")
-    print(f"a step: {B} prompts x {N} rollouts = {B * N} sequences of at most {most:,} tokens, "
-          f"at most {P * B * N * most * per_token:.2g} FLOPs; {args.steps} steps")
-    print(f"results: {folder}", flush=True)
-    run.begin(folder, {k: v for k, v in vars(args).items() if k != "resume"})
-    if args.wandb and RANK == 0:
-        wandb.init(project=args.wandb, name=folder.name, config=vars(args))
-    asked = run.stop_at_next_step()
+        run.checkpoint_activations(model)
+    B, N, P = args.prompts, args.rollouts, model.num_parameters()
+    stop = stop_ids(model, tokenizer)
+    # one pass over the prompts after the other, each in an order of its own
+    epochs = range(math.ceil(args.steps * B / len(train)))
+    orders = [np.random.default_rng((args.seed, epoch)) for epoch in epochs]
+    order = np.concatenate([rng.permutation(len(train)) for rng in orders])
+    flops = P * (2 + 6 + (2 if args.beta else 0))  # a token: sample, train, reference
+    run.announce(args, model, tokenizer, head, train, val, flops, folder)
+    logger = wandb.init(project=args.wandb, name=folder.name) if args.wandb else None
+    stopping = run.StopSignal()
 
-    solution_ids = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"][: args.max_new_tokens - 1] + stop[:1]
-    held_out = lambda step: run.held_out(step, folder, model, tokenizer, head, val, args.max_new_tokens, args.seed, 8 * args.budget)
-
-    # ------------------------------------------------------------------------------------------------------------------ train
-    if not rows:
-        rows = [dict.fromkeys(run.COLUMNS, "") | {"step": 0} | held_out(0)]
-        run.write_rows(folder / "metrics.csv", rows)
-        if args.select == "val":
-            run.save_model(folder / "best", model, tokenizer)
+    # -------------------------------------------------------------------------------- train
+    if start == 0:
+        row = run.evaluate_held_out(0, model, tokenizer, head, val, args, folder)
+        history.append({"step": 0} | row)
+        run.write_rows(folder / "metrics.csv", history)
     for step in range(start + 1, args.steps + 1):
         started = time.time()
-        torch.manual_seed(1_000_000 * args.seed + step)  # so a resumed step draws what it would have drawn
+        torch.manual_seed(1_000_000 * args.seed + step)  # a resumed step draws the same
 
-        # roll out: N responses to each of B prompts, with no top-k or top-p. An epoch is a permutation of the prompts
-        position = np.arange((step - 1) * B, step * B)
-        epochs = {e: np.random.default_rng((args.seed, e)).permutation(len(train)) for e in set(position // len(train))}
-        picks = [epochs[p // len(train)][p % len(train)] for p in position]
-        problems, prompts, labels = zip(*[train[i] for i in picks for _ in range(N)])  # B x N, a prompt's rollouts side by side
-        responses, sampled = ([solution_ids(text) for text in labels], None) if args.loss == "sft" else (
-            roll_out(how, model, prompts, stop, args.max_new_tokens, args.temperature, 8 * args.budget, "rollouts"))
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-        texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
+        # roll out: N responses to each of B prompts, a prompt's responses side by side
+        problems = [train[i] for i in np.repeat(order[(step - 1) * B : step * B], N)]
+        prompts = [problem["ids"] for problem in problems]  # B*N lists of token ids
+        if args.loss == "sft":
+            written = tokenizer([p["solution"] for p in problems], add_special_tokens=False)
+            responses = [(x + stop[:1])[: args.max_new_tokens] for x in written["input_ids"]]
+            entropy, old_logprobs, _ = score_all(model, head, prompts, responses, args.temperature)
+        else:
+            responses, entropy, old_logprobs = generate(
+                model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
+                rows=args.rollout_batch, desc="rollouts",
+            )
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+        lengths = torch.tensor([len(response) for response in responses], device=device)
+        mask = torch.arange(lengths.max(), device=device) < lengths[:, None]  # (B*N, T)
 
-        # update: K minibatches of prompts (K = 1: the whole batch, on-policy), each in micro-batches of similar length
+        # score: the policy's numbers came with its samples; what does the reference say?
+        ref_logprobs = old_logprobs  # (B*N, T), nats; without a KL its weight is 0
+        if args.beta:
+            _, ref_logprobs, _ = score_all(
+                reference, ref_head, prompts, responses, args.temperature, 2 * args.budget
+            )
+
+        # update: a step on each K-th of the prompts (K = 1: on-policy), in micro-batches
         model.train()
-        sums = torch.zeros(4, device=device)  # of loss, entropy, KL and the sampler's gap over the tokens
-        for minibatch in torch.arange(B * N).view(B, N).chunk(args.updates):
-            minibatch = minibatch.flatten().tolist()
-            tokens = sum(len(responses[i]) for i in minibatch)
-            for group in tqdm(batches(lengths, args.budget, minibatch)[RANK::WORLD], desc="update", leave=False, delay=5, disable=RANK > 0):
-                part = [prompts[i] for i in group], [responses[i] for i in group], args.temperature
-                entropy, logprobs, here = score(model, head, *part)  # (b, t): rows end at the right
-                with torch.no_grad():
-                    ref = score(reference, ref_head, *part)[1] if args.beta else logprobs.detach()
-                loss = loss_of(args.loss, entropy, logprobs, ref, here, tokens, args.beta)
+        sizes = [len(p) + len(r) for p, r in zip(prompts, responses)]
+        for chosen in torch.arange(B * N).view(B, N).tensor_split(args.updates):
+            chosen = chosen.flatten().tolist()
+            num_tokens = lengths[chosen].sum()
+            micro_batches = batches(sizes, args.budget, chosen)
+            for micro in tqdm(micro_batches, desc="update", leave=False, delay=5):
+                new_entropy, new_logprobs, in_response = score(
+                    model, head, [prompts[i] for i in micro], [responses[i] for i in micro],
+                    args.temperature,
+                )
+                t = in_response.shape[1]
+                objective = -new_entropy if args.loss == "entropy" else new_logprobs  # (b, t)
+                if args.beta:
+                    kl = k3(new_logprobs, ref_logprobs[micro, :t])
+                    objective = objective - args.beta * kl
+                objective = (objective * in_response).sum()
+                objective = objective / num_tokens  # of the whole update, not of this micro-batch
+                loss = -objective
                 loss.backward()
-                gap = sampler_gap([sampled[i] for i in group], logprobs.detach(), here) * here.sum() if sampled else here.new_zeros(())
-                sums += torch.stack([loss.detach() * tokens, entropy.detach().sum(), k3(logprobs.detach(), ref).sum(), gap])
             grad_norm, changed = optimizer.step(args.grad_clip)
         model.eval()
-        if WORLD > 1:
-            torch.distributed.all_reduce(sums)
 
         # log
-        tokens, seconds = sum(map(len, responses)), time.time() - started
-        row = {"step": step, **dict(zip(("loss", "entropy", "kl", "gap"), (sums / tokens).tolist())),
-               "length": tokens / (B * N), "truncated": sum(r[-1] not in stop for r in responses) / (B * N), "grad_norm": grad_norm, "changed": changed,
-               "tokens": tokens, "flops": P * sum(lengths) * per_token, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        print(f"step {step} | " + " | ".join(f"{key} {row[key]:.4g}" for key in run.COLUMNS[1:] if key in row), flush=True)
-        for key in row:
-            assert np.isfinite(row[key]), f"step {step}: {key} is {row[key]}; {folder}/checkpoint is from before; a lower --lr may help"
+        seconds, tokens = time.time() - started, lengths.sum().item()
+        row = {
+            "step": step,
+            "entropy": entropy.sum().item() / tokens,
+            "kl": k3(old_logprobs, ref_logprobs)[mask].mean().item(),
+            "length": tokens / (B * N),
+            "truncated": sum(ids[-1] not in stop for ids in responses) / (B * N),
+            "grad_norm": grad_norm,
+            "changed": changed,
+            "tokens": tokens,
+            "flops": flops * sum(sizes),
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
 
         # evaluate, and let the guard look
-        why = run.collapsed(rows + [row], args.guard)
-        last = step == args.steps or why is not None
-        rows.append(dict.fromkeys(run.COLUMNS, "") | row | (held_out(step) if last or step % args.eval_every == 0 else {}))
-        row = rows[-1]
+        collapse = run.collapsed(history + [row], args.guard)
+        last = step == args.steps or collapse is not None
         if step % args.eval_every == 0:
-            sample = {"step": step, "set": "rollout", "prompt": problems[0], "response": texts[0]}
-            print(f"  {sample}", flush=True)
-            run.append(folder / "samples.jsonl", [sample])
-        if warning := run.drifted(rows):
-            print(f"step {step} | warning: {warning}")
-        if args.wandb and RANK == 0:
-            wandb.log({k: v for k, v in row.items() if v != ""}, step=step)
+            run.log_sample(step, problems[0]["prompt"], texts[0], folder)
+        if last or step % args.eval_every == 0:
+            row.update(run.evaluate_held_out(step, model, tokenizer, head, val, args, folder))
+        history.append(row)
+        run.log(row, logger)
 
         # save
-        stop_now = any(gather({RANK: bool(asked)}).values())
-        run.write_rows(folder / "metrics.csv", rows)
-        measured = [row for row in rows if row["val_greedy"] != ""]
-        if args.select == "val" and row in measured and row["val_greedy"] == max(r["val_greedy"] for r in measured):
+        run.write_rows(folder / "metrics.csv", history)
+        if args.keep_best and run.is_best(history):
             run.save_model(folder / "best", model, tokenizer)
-        if last or stop_now or step % args.save_every == 0:
-            run.save_model(folder / "checkpoint", model, tokenizer, {"step": step, "optimizer": optimizer.state()})
-            run.plot(rows, folder / "plot.png", title)
-        if why:
-            print(f"step {step} | the guard stops the run: {why} (no label was read; --guard 0 goes on)")
-        if stop_now and not last:
-            sys.exit(f"{NAME}: stopped after step {step}; go on with: python {NAME} --resume {folder}")
-        if last:
+        asked = stopping.asked  # by Ctrl-C
+        if last or asked or step % args.save_every == 0:
+            state = {"step": step, "optimizer": optimizer.state_dict()}
+            run.save_model(folder / "checkpoint", model, tokenizer, state)
+            report.plot(history, folder)
+        if collapse:
+            print(f"step {step} | the guard stops the run: {collapse} (--guard 0 goes on)")
             break
-
-    run.report(folder, rows, args.select)
+        if asked and not last:
+            sys.exit(f"{NAME}: stopped after step {step}; to go on: --resume {folder}")
+    report.summarize(folder, history, args.keep_best)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,34 @@
 """
-EM-INF: sharper decoding without training. At every step the next token's logits go a few steps downhill in their own entropy.
+EM-INF: sharper decoding without training. At every step the next token's logits go a few
+steps downhill in their own entropy, and then the token is drawn.
 
-    python em_inf.py                                                        # the tiny model: answers side by side, and a table
-    python em_inf.py --prompt "Mod 10, left to right: 8-7*6"                # one answer, streamed
-    python em_inf.py --model Qwen/Qwen2.5-7B-Instruct --prompt "What is 17 * 23?"
-    python em_inf.py --model Qwen/Qwen2.5-7B-Instruct --data math500 --decode greedy,sample,em-inf
+    python em_inf.py                                          # the tiny model: a table
+    python em_inf.py --prompt "Mod 10, left to right: 8-7*6"  # one answer, streamed
+    python em_inf.py --model Qwen/Qwen2.5-7B-Instruct --data math500 --decode greedy,em-inf
 
-In your own code, with any causal model, batch, padding and other processors of transformers:
+In your own code, with any causal model, batch and other processors of transformers:
 
     from em_inf import EMInf
     model.generate(**inputs, do_sample=True, temperature=0.1, logits_processor=[EMInf()])
 
-It works on the logits as the model gives them, before the sampling temperature. The most likely token stays the most likely one (nearly
-always: see `entropy.minimize_entropy`), so greedy decoding does not change and EM-INF matters only where tokens are sampled.
+It works on the logits as the model gives them, before the sampling temperature. The most
+likely token stays so (nearly always: see `minimize_entropy`), so greedy decoding does not
+change, and EM-INF matters only where tokens are sampled.
+
+Decoders: greedy; sample; self-consistency, the most common answer of 4; refine, 3 times with
+the answer before in the prompt; em-inf and adaptive-temperature, alone or before one of these
+(em-inf+refine). Behind "@" stands a sampling temperature.
 
 Departures from the paper (arXiv 2505.15134) and its released code:
-  - A batch at once, and every row stops by itself; the released code steps one row at a time.
-  - A masked token (logit -inf) stays masked. There it makes the row nan.
-  - The entropy is that of the distribution, where the released code adds 1e-12 to each probability.
+  - A batch at once, and every row stops by itself. The released code sums the entropy over
+    the batch, so it is right for a single row only.
+  - A masked token (logit -inf) stays masked. In the released code it makes the row nan.
+  - The entropy is exact: nothing is added to a probability.
 """
 import argparse
+import functools
+import itertools
+import math
 import sys
 import time
 from pathlib import Path
@@ -27,132 +36,342 @@ from pathlib import Path
 import torch
 from transformers import LogitsProcessor, TextStreamer
 
-from entropy import adaptive_temperature, in_cache, minimize_entropy, token_entropy
+from entropy import at_least_float32, output_head, score_all, token_entropy
+from eval import generate, graded, load_gradable, load_model, set_up
+from tasks.answers import most_agreed
+from tasks.arguments import Help, nonnegative, positive, positive_int, whole_number
+from tasks.prompts import encode_problem, encode_prompt, stop_ids
+from tasks.scores import table
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
-TINY = dict(model=str(HERE / "tiny/base"), data=str(HERE / "tiny/test.jsonl"), steps=10, temperature=1.0, max_new_tokens=64)
-DECODERS = "greedy,sample,sample@0.1,adaptive-temperature,em-inf,self-consistency,refine,em-inf+self-consistency"
+TINY = dict(
+    model=str(HERE / "tiny/base"),
+    data=str(HERE / "tiny/test.jsonl"),
+    steps=10,
+    temperature=1.0,
+    max_new_tokens=64,
+    rollout_batch=512,
+)
+SCHEMES = {  # responses to a prompt at once, and rounds, each with the answer before in the prompt
+    "greedy": (1, 1),
+    "sample": (1, 1),
+    "self-consistency": (4, 1),
+    "refine": (1, 3),
+}
+SHARPENERS = "em-inf", "adaptive-temperature"
+DECODERS = (
+    "greedy,sample,sample@0.1,adaptive-temperature,em-inf,self-consistency,refine,"
+    "em-inf+self-consistency"
+)
 
-# ------------------------------------------------------------------------------------------------------------------ the method
+# ------------------------------------------------------------------------------- the method
+
+
+def softmax_and_entropy(z):
+    """Finite logits (B, V), none far above 0 -> softmax (B, V), its entropy in nats (B, 1) and
+    the log of its normaliser (B, 1)."""
+    p = z.exp()
+    total = p.sum(-1, keepdim=True)
+    p.div_(total)
+    return p, total.log() - torch.linalg.vecdot(p, z)[:, None], total.log()
+
+
+@torch.no_grad()
+def minimize_entropy(logits, delta=0.3, lr=0.1, steps=3, kl_weight=0.05, optimizer="adam"):
+    """EM-INF: take each row's logits downhill in their own entropy: (B, V) -> (B, V).
+
+        loss = H(softmax(z)) + kl_weight KL(softmax(logits) || softmax(z)),  first z = logits
+
+    (paper, section 4). A row stops as soon as its entropy is under `delta` nats, and one that
+    starts under it comes back as it was. `optimizer` is "adam", as in the released code (betas
+    0.9 and 0.999, eps 1e-8), or "sgd", plain gradient descent, as in Proposition 1.
+
+    Under sgd the most likely token keeps its place, and tokens less likely than e^-(H + 1)
+    can change theirs. Adam divides each gradient by its own size: a token more likely than
+    e^-H rises by some lr a step, every other one falls by it. So at lr 1 near ties change
+    places, also the first; at the released settings none did in 20,000 random rows.
+
+    A logit of -inf stays so, and a row with nan becomes nan. The result is float32 (float64
+    for float64). Raises ValueError for settings out of range.
+    """
+    if min(delta, lr, steps, kl_weight) < 0 or optimizer not in ("adam", "sgd"):
+        raise ValueError(
+            f"minimize_entropy: delta {delta}, lr {lr}, steps {steps}, kl_weight {kl_weight}: none "
+            f"may be negative; and optimizer {optimizer!r} must be adam or sgd"
+        )
+    logits = at_least_float32(logits)
+    if steps == 0:
+        return logits.clone()
+    top = logits.amax(-1, keepdim=True)
+    z = (logits - top).clamp_(min=-1e4)  # finite, so that a masked token's p log p is 0
+    start, entropy, norm = softmax_and_entropy(z)
+    active = (entropy >= delta).to(z.dtype)  # (B, 1): 1 until the row has stopped, then 0
+    untouched = (entropy < delta) | (logits == -torch.inf)
+    p, m, v = start, torch.zeros_like(z), torch.zeros_like(z)
+    for t in range(1, steps + 1):
+        # -dloss/dz = p (log p + H) - kl_weight (p - start), with log p = z - norm
+        grad = (z + (entropy - norm - kl_weight)).mul_(p).add_(start, alpha=kl_weight)
+        if optimizer == "adam":
+            m.lerp_(grad, 0.1)
+            v.mul_(0.999).addcmul_(grad, grad, value=0.001)
+            bias = math.sqrt(1 - 0.999**t)
+            step = m / v.sqrt().add_(1e-8 * bias)
+            z.addcmul_(step, active, value=lr * bias / (1 - 0.9**t))
+        else:
+            z.addcmul_(grad, active, value=lr)
+        if t < steps:
+            p, entropy, norm = softmax_and_entropy(z)
+            active.masked_fill_(entropy < delta, 0.0)
+    return torch.where(untouched, logits, z.add_(top))
+
+
+@torch.no_grad()
+def adaptive_temperature(logits, alpha=0.5, delta=0.3, tau_min=0.01, tau_max=1.0, iterations=20):
+    """The paper's baseline (Algorithm 1): divide each row by a temperature: (B, V) -> (B, V).
+
+    It is the largest tau in [tau_min, tau_max] at which the row's entropy is at most
+    max(alpha H, delta) nats, with H its entropy as it is, or tau_min where there is none. A row
+    with H <= delta comes back as it was. Entropy rises with tau, so each of the `iterations`
+    halves the interval, and 20 of them find tau within 1e-6. Precision, -inf, nan and errors
+    as in `minimize_entropy`.
+    """
+    if not (0 < alpha < 1 and delta >= 0 and 0 < tau_min < tau_max and iterations >= 0):
+        raise ValueError(
+            f"adaptive_temperature: alpha {alpha} must be inside (0, 1), delta {delta} and "
+            f"iterations {iterations} not negative, and 0 < tau_min {tau_min} < tau_max {tau_max}"
+        )
+    logits = at_least_float32(logits)
+    z = (logits - logits.amax(-1, keepdim=True)).clamp_(min=-1e4)
+    _, entropy, _ = softmax_and_entropy(z)  # (B, 1)
+    target = (alpha * entropy).clamp(min=delta)
+    low = torch.full_like(entropy, tau_min)
+    high = torch.full_like(entropy, tau_max)
+    for _ in range(iterations):
+        middle = (low + high) / 2
+        _, cooled, _ = softmax_and_entropy(z / middle)
+        low = torch.where(cooled <= target, middle, low)
+        high = torch.where(cooled <= target, high, middle)
+    return torch.where(entropy <= delta, logits, logits / low)
 
 
 class Sharpen(LogitsProcessor):
-    """Sharpen the rows whose entropy is at least `delta`, for `model.generate(logits_processor=[...])`: (B, T) ids, (B, V) logits -> (B, V).
+    """Sharpens the rows of logits whose entropy is at least `delta` nats: (B, V) -> (B, V).
 
-    With `compile` all rows go through one compiled function, meant for a GPU, where nobody has measured it yet; without, only those that
-    need it. With `record`, `seen` gets 4 x B numbers per call: entropy before and after (nats), was the row adjusted, did any of
-    its 50 most likely tokens but the first change places; and `seconds` adds up what the sharpening took. Raises ValueError for settings
-    out of range and for nan in the logits.
+    transformers' `generate` calls it with the ids so far, which it does not need; our own takes
+    its method `sharpen`. It adds up rows, how many of them it changed, and their entropy before
+    and after (nats). Raises ValueError for settings out of range and for nan.
     """
 
-    def __init__(self, sharpen, delta, compile=False, record=False, **settings):
-        sharpen(torch.zeros(1, 1), delta=delta, **settings)  # says so now, if a setting is out of range
-        self.sharpen, self.settings, self.record = sharpen, dict(settings, delta=delta), record
-        self.compiled = torch.compile(sharpen) if compile else None
-        self.seen, self.kept, self.seconds = [], [], 0.0
-
-    def keep(self, lengths):
-        """Move to `kept` what was seen of each row's own tokens, given their number: after its end a row is fed padding."""
-        seen = torch.stack(self.seen, -1)  # (4, B, T)
-        own = torch.arange(seen.shape[-1], device=seen.device) < torch.tensor(lengths, device=seen.device)[:, None]
-        self.kept.append(seen[:, own])  # (4, tokens)
-        self.seen = []
+    def __init__(self, function, delta, **settings):
+        # one call for nothing, so that bad settings fail here and not at the first token
+        function(torch.zeros(1, 1), delta=delta, **settings)
+        self.function = functools.partial(function, delta=delta, **settings)
+        self.delta = delta
+        self.rows = self.changed = 0
+        self.before = self.after = 0.0
 
     def __call__(self, input_ids, scores):
-        started, scores = time.perf_counter(), scores.float()
-        entropy = in_cache(token_entropy)(scores)  # (B,)
-        if entropy.isnan().any():
-            raise ValueError(f"{type(self).__name__}: the logits of row {entropy.isnan().nonzero()[0].item()} have nan or +inf in them at "
-                             f"position {input_ids.shape[1]}; does the model overflow in its precision?")
-        if self.compiled:
-            after = self.compiled(scores, **self.settings)
-        else:
-            rows = (entropy >= self.settings["delta"]).nonzero()[:, 0]
-            after = scores.index_copy(0, rows, self.sharpen(scores[rows], **self.settings))
-        if self.record:
-            if scores.is_cuda:
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - started
-            places = scores.topk(min(50, scores.shape[-1]), -1).indices[:, 1:]
-            swapped = (after.gather(-1, places).diff(dim=-1) > 1e-5).any(-1)  # inf - inf is nan, and so no swap
-            adjusted = (after != scores).any(-1)
-            self.seen.append(torch.stack([entropy, token_entropy(after), adjusted.float(), swapped.float()]))  # (4, B)
-        return after
+        return self.sharpen(scores)
+
+    def sharpen(self, logits):
+        logits = at_least_float32(logits)
+        entropy = token_entropy(logits)  # (B,)
+        unsure = (entropy >= self.delta).nonzero()[:, 0]
+        sharper = self.function(logits[unsure])
+        entropy_after = entropy.index_copy(0, unsure, token_entropy(sharper))
+        if entropy_after.isnan().any():
+            row = entropy_after.isnan().nonzero()[0].item()
+            raise ValueError(
+                f"{type(self).__name__}: nan in row {row}: the model overflows, or lr is too large"
+            )
+        self.rows += len(logits)
+        self.changed += len(unsure)
+        self.before += entropy.sum().item()
+        self.after += entropy_after.sum().item()
+        return logits.index_copy(0, unsure, sharper)
+
+    def report(self):
+        """Print what it has done so far."""
+        if n := self.rows:
+            print(
+                f"\n{type(self).__name__}: entropy {self.before / n:.3f} -> {self.after / n:.3f} "
+                f"nats over {n:,} tokens; {self.changed / n:.1%} of them sharpened"
+            )
 
 
 class EMInf(Sharpen):
-    """EM-INF as a LogitsProcessor; the settings are those of `entropy.minimize_entropy`, released defaults."""
+    """EM-INF as a LogitsProcessor, with `minimize_entropy`'s settings and released defaults."""
 
-    def __init__(self, delta=0.3, lr=0.1, steps=3, kl_weight=0.05, optimizer="adam", **options):
-        super().__init__(minimize_entropy, delta, lr=lr, steps=steps, kl_weight=kl_weight, optimizer=optimizer, **options)
+    def __init__(self, delta=0.3, lr=0.1, steps=3, kl_weight=0.05, optimizer="adam"):
+        super().__init__(
+            minimize_entropy, delta, lr=lr, steps=steps, kl_weight=kl_weight, optimizer=optimizer
+        )
 
 
 class AdaptiveTemperature(Sharpen):
-    """The paper's baseline as a LogitsProcessor; the settings are those of `entropy.adaptive_temperature`."""
+    """The baseline as a LogitsProcessor, with `adaptive_temperature`'s settings."""
 
-    def __init__(self, alpha=0.5, delta=0.3, tau_min=0.01, tau_max=1.0, **options):
-        super().__init__(adaptive_temperature, delta, alpha=alpha, tau_min=tau_min, tau_max=tau_max, **options)
+    def __init__(self, alpha=0.5, delta=0.3, tau_min=0.01, tau_max=1.0):
+        super().__init__(
+            adaptive_temperature, delta, alpha=alpha, tau_min=tau_min, tau_max=tau_max
+        )
+
+
+# ------------------------------------------------------------------------------- its rivals
+
+
+def parse_decoder(name, temperature=1.0):
+    """ "[SHARPENER+]SCHEME[@T]" -> (sharpener or None, scheme, temperature).
+
+    A sharpener alone samples, and greedy has temperature 0. ValueError for any other name.
+    """
+    spec, at, number = name.partition("@")
+    sharpener, _, scheme = spec.rpartition("+")
+    if scheme in SHARPENERS and not sharpener:
+        sharpener, scheme = scheme, "sample"
+    try:
+        if at:
+            temperature = positive(number)
+        known = scheme in SCHEMES and sharpener in ("", *SHARPENERS)
+    except (ValueError, argparse.ArgumentTypeError):
+        known = False
+    if not known or (at and scheme == "greedy"):
+        raise ValueError(
+            f"--decode {name}: give one of {', '.join(SCHEMES)}, {' or '.join(SHARPENERS)} before "
+            "it or alone, and perhaps a temperature above 0, as in em-inf+refine@0.7"
+        )
+    return sharpener or None, scheme, 0.0 if scheme == "greedy" else temperature
+
+
+def decode_and_grade(
+    model, tokenizer, head, problems, decoder, max_new_tokens, seed=1, rows=128, desc=None,
+    temperature=1.0, sharpeners=None,
+):
+    """Answer each problem with a decoder, and grade: -> samples as `eval.graded` gives them.
+
+    `sharpeners` are {"em-inf": EMInf(...), "adaptive-temperature": AdaptiveTemperature(...)}.
+    Entropy and log-prob of a sample are the model's own at T = 1, and flops are those of all
+    tokens that the decoder spent. The caller's random state stays as it was.
+    """
+    name, scheme, temperature = parse_decoder(decoder, temperature)
+    sharpeners = sharpeners or {"em-inf": EMInf(), "adaptive-temperature": AdaptiveTemperature()}
+    sharpen = sharpeners[name].sharpen if name else None
+    n, rounds = SCHEMES[scheme]
+    stop = stop_ids(model, tokenizer)
+    started = time.time()
+    earlier = [None] * len(problems)  # text of the answer before
+    spent = [0] * len(problems)  # tokens
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for _ in range(rounds):
+            pairs = zip(problems, earlier)
+            prompts = [encode_problem(tokenizer, problem, text) for problem, text in pairs]
+            drafts, _, _ = generate(
+                model, prompts, stop, max_new_tokens, temperature, n=n, rows=rows,
+                sharpen=sharpen, desc=desc,
+            )
+            responses = []
+            for i, prompt in enumerate(prompts):
+                group = drafts[i * n : i * n + n]
+                texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
+                best = most_agreed(texts) if n > 1 else 0
+                responses.append(group[best])
+                earlier[i] = texts[best]
+                spent[i] += n * len(prompt) + sum(len(ids) for ids in group)
+    seconds = (time.time() - started) / len(problems)
+    entropy, logprobs, _ = score_all(model, head, prompts, responses)
+    return graded(
+        model, tokenizer, problems, responses, entropy=entropy, logprobs=logprobs,
+        spent=spent, decoder=decoder, seed=seed, seconds=seconds,
+    )
+
+
+def main(argv=None):
+    # ----------------------------------------------------------------------------- settings
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=Help, usage=f"python {NAME} [options]",
+        epilog="Without --model: " + ", ".join(f"{key} {TINY[key]}" for key in TINY),
+    )
+    add = parser.add_argument
+    add("--model", help="folder or Hub id; without it the tiny model, set as said below")
+    add("--prompt", help="answer this, streamed, and end")
+    add("--data", default="math500", help="problems: JSONL file or Hub name")
+    add("--limit", type=positive_int, help="only the first LIMIT problems")
+    add("--show", type=whole_number, default=3, help="problems to print side by side")
+    add("--decode", default=DECODERS, help="decoders of the table, with commas")
+    add("--temperature", type=positive, default=0.1, help="of sampling, after EM-INF")
+    add("--delta", type=nonnegative, default=0.3, help="nats; a row stops under it")
+    add("--lr", type=nonnegative, default=0.1, help="of the descent on the logits")
+    add("--steps", type=whole_number, default=3, help="of the descent")
+    add("--kl-weight", type=nonnegative, default=0.05, help="of KL(before || after)")
+    add("--optimizer", choices=["adam", "sgd"], default="adam", help="of the descent")
+    add("--alpha", type=positive, default=0.5, help="entropy that adaptive temperature keeps")
+    add("--seeds", type=positive_int, default=3, help="seeds 1 to SEEDS; one for greedy")
+    add("--max-new-tokens", type=positive_int, default=3072, help="longest response, tokens")
+    add("--rollout-batch", type=positive_int, default=128, help="responses sampled at once")
+    add("--device", help="cuda, mps or cpu; without it the first there is")
+    args = parser.parse_args(argv)
+    if args.model is None:  # the tiny model's settings replace defaults, and flags win
+        args = parser.parse_args(argv, argparse.Namespace(**TINY))
+
+    # ------------------------------------------------------------------------------- set-up
+    try:
+        device, dtype = set_up(args.device)
+        em_inf = EMInf(args.delta, args.lr, args.steps, args.kl_weight, args.optimizer)
+        adaptive = AdaptiveTemperature(args.alpha, args.delta)
+        decoders = list(dict.fromkeys(args.decode.split(",")))
+        for name in decoders:
+            parse_decoder(name, args.temperature)
+        model, tokenizer = load_model(args.model, device, dtype)
+        if args.prompt:
+            return answer_one(args, model, tokenizer, em_inf)
+        problems = load_gradable(args.data, args.limit, allow_code=False)
+        head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{NAME}: {error}")
+    print(f"{args.model} on {len(problems)} problems of {args.data}, {device}", flush=True)
+
+    # --------------------------------------------------------------------------- the table
+    started = time.time()
+    results = {}
+    try:
+        for name, seed in itertools.product(decoders, range(1, args.seeds + 1)):
+            if seed > 1 and parse_decoder(name)[1] == "greedy":
+                continue  # there is no chance in it
+            samples = decode_and_grade(
+                model, tokenizer, head, problems, name, args.max_new_tokens, seed=seed,
+                rows=args.rollout_batch, desc=f"{name}, {seed}", temperature=args.temperature,
+                sharpeners={"em-inf": em_inf, "adaptive-temperature": adaptive},
+            )
+            results.setdefault(name, []).extend(samples)
+    except ValueError as error:  # nan in the logits
+        sys.exit(f"{NAME}: {error}")
+    except KeyboardInterrupt:
+        print(f"\n{NAME}: stopped; this is what was done by then", file=sys.stderr)
+    for i, problem in enumerate(problems[: args.show]):
+        print(f"\n{problem['prompt']}")
+        for name, samples in results.items():
+            verdict = "right" if samples[i]["correct"] else "wrong"
+            print(f"  {name:23} {verdict}  {samples[i]['response']}")
+    if results:
+        print("\n" + table(results))
+    em_inf.report()
+    print(f"{time.time() - started:.0f} s")
+
+
+def answer_one(args, model, tokenizer, em_inf):
+    """Print one answer as it comes, until Ctrl-C."""
+    torch.manual_seed(1)
+    try:
+        generate(
+            model, [encode_prompt(tokenizer, args.prompt)], stop_ids(model, tokenizer),
+            args.max_new_tokens, args.temperature, sharpen=em_inf.sharpen,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
+    except KeyboardInterrupt:
+        print()
+    em_inf.report()
 
 
 if __name__ == "__main__":
-    import eval as ev  # here, since eval.py imports the classes above
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id (default: the tiny model, with the settings under TINY)")
-    parser.add_argument("--prompt", help="answer this, streamed, and end")
-    parser.add_argument("--data", default="math500", help="problems: JSONL file or Hub name (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first LIMIT problems")
-    parser.add_argument("--show", type=int, default=3, help="problems to print side by side (default: %(default)s)")
-    parser.add_argument("--decode", default=DECODERS, help="decoders of the table; NAME@T sets a temperature (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.1, help="of sampling, after EM-INF (default: %(default)s)")
-    parser.add_argument("--delta", type=float, default=0.3, help="nats; a row stops under it (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=0.1, help="of the descent on the logits (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="of the descent; 0: none (default: %(default)s)")
-    parser.add_argument("--kl-weight", type=float, default=0.05, help="of KL(before || after) (default: %(default)s)")
-    parser.add_argument("--optimizer", choices=["adam", "sgd"], default="adam", help="of the descent (default: %(default)s)")
-    parser.add_argument("--alpha", type=float, default=0.5, help="of adaptive temperature, share of entropy to keep (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the descent: for a GPU; slow at the start")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 1 to SEEDS (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=3072, help="longest response, tokens (default: %(default)s)")
-    parser.add_argument("--budget", type=int, default=2**16, help="tokens per generation batch (default: %(default)s)")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    if parser.parse_args().model is None:
-        parser.set_defaults(**TINY)
-    args = parser.parse_args()
-    try:
-        device, dtype = ev.set_up(args.device)
-        em_inf = EMInf(args.delta, args.lr, args.steps, args.kl_weight, args.optimizer, compile=args.compile, record=True)
-        adaptive = AdaptiveTemperature(args.alpha, args.delta, compile=args.compile)
-        decoders = args.decode.split(",")
-        for name in decoders:
-            ev.parse_decoder(name, args.temperature)
-        problems = [] if args.prompt else ev.load_problems(args.data)[: args.limit]
-        if any("answer" not in problem for problem in problems):
-            raise ValueError(f"--data {args.data}: some of its problems have no answer to grade against")
-        model, tokenizer = ev.load_model(args.model, device, dtype)
-        prompt = ev.encode_prompt(tokenizer, args.prompt or problems[0]["prompt"])
-        head = ev.output_head(model, prompt)
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"{NAME}: {error}")
-
-    started = time.time()
-    if args.prompt:
-        torch.manual_seed(1)
-        ev.generate(model, [prompt], ev.stop_ids(model, tokenizer), args.max_new_tokens, args.temperature, processors=[em_inf],
-                    streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
-    else:
-        print(f"{args.model} on {len(problems)} problems of {args.data}, {device}", flush=True)
-        results = ev.run_decoders(model, tokenizer, head, problems, decoders, args.seeds, args.max_new_tokens, args.budget, args.temperature,
-                                  {"em-inf": lambda: em_inf, "adaptive-temperature": lambda: adaptive})
-        for i, problem in enumerate(problems[: args.show]):
-            print(f"\n{problem['prompt']}")
-            for name, samples in results.items():
-                print(f"  {name:23} {'right' if samples[i]['correct'] else 'wrong'}  {samples[i]['response']}")
-        print("\n" + ev.table(results))
-    if em_inf.kept:
-        before, after, adjusted, swapped = torch.cat(em_inf.kept, -1).mean(-1).tolist()
-        n = sum(kept.shape[-1] for kept in em_inf.kept)
-        whole = time.time() - started if args.prompt else sum(s["seconds"] for name in results if "em-inf" in name for s in results[name])
-        print(f"\nEM-INF: entropy {before:.3f} -> {after:.3f} nats over {n:,} tokens; {adjusted:.1%} of the steps adjusted, in {swapped:.1%} the order "
-              f"of the tokens after the first changed; {1e6 * em_inf.seconds / n:.0f} microseconds per token, {em_inf.seconds / whole:.1%} of the time")
-    print(f"{time.time() - started:.0f} s")
+    main()

@@ -1,379 +1,426 @@
 """
-What the README says about the tiny model, measured: the paper's tables in miniature, and where entropy minimisation goes wrong.
+What the README says about the tiny model, measured: the paper's tables in miniature, and where
+entropy minimisation goes wrong.
 
     python tiny/findings.py                     # 3 seeds: 65 minutes on 2 CPU cores
-    python tiny/findings.py --quick             # every experiment in little, 1 seed: 6 minutes
-    python tiny/findings.py --only training,kl  # some of them
+    python tiny/findings.py --quick             # all in little, 1 seed: 6 minutes
+    python tiny/findings.py --only training,kl  # some of the experiments
 
-Runs em_rl.py and em_ft.py with their defaults plus the flags below, prepare.py, and measurements of its own, as many at a time as there
-are cores, each on one thread. Everything goes to runs/findings/ (--quick: runs/findings-quick/), and what is there is not made again:
-after Ctrl-C the same command goes on. Remove the folder to start afresh (after a change of tiny/base, say).
+Runs em_rl.py, em_ft.py, prepare.py and measurements of its own, as many at a time as there are
+cores. All of it goes to runs/findings/ (--quick: runs/findings-quick/), and what is there is
+not made again: after Ctrl-C the same command goes on. Remove the folder to start afresh, say
+after a change of tiny/base.
 
-At the end it writes tiny/findings.md (tables), tiny/findings.csv (the same numbers, with each seed's) and assets/findings-*.png; with
---quick or --only these go to the folder of the runs, so that the committed ones stay. Whether the miniature agrees with the paper is
-decided by the numbers: "above" and "below" mean by more than 2 sd of the difference, and by 2 points at least.
+At the end it writes tiny/findings.md (tables), tiny/findings.csv (each seed's numbers) and
+figures in assets/. With --quick or --only these go to the folder of the runs, so that the
+committed ones stay.
 """
 import argparse
 import csv
 import fcntl
-import functools
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from report import REWARDS, SHARPENED, TABLES, VERDICTS, figures, report, unit_of
+
+from em_inf import DECODERS, AdaptiveTemperature, EMInf, decode_and_grade
+from entropy import output_head
+from eval import evaluate, load_model, load_problems
+from tasks.arguments import Help, positive_int
+from tasks.files import replace_file
+from tasks.prompts import encode_prompt
+from tasks.scores import CONFIDENCE, diagnosis, summary
+from training.run import checkpoint_of, collapsed, read_rows
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import eval as ev
-import run
-from em_inf import DECODERS, AdaptiveTemperature, EMInf
-from report import REWARDS, SHARPENED, TABLES, VERDICTS, figures, guard_stop, idea, report
-
-FULL = dict(seeds=3, steps=40, every=10, val=512, samples=16, kl=(0, 0.001, 0.5, 1.5), rollouts=(2, 4, 8, 16),
-            delta=(0.05, 0.1, 0.3, 0.5, 1.0), descent=(1, 3, 5, 10, 15), rise_steps=100, rise_every=10,
-            worlds=(100, 75, 50, 25, 0), habit_steps=1500, diagnosed=512, answers=8)
-QUICK = dict(seeds=1, steps=8, every=8, val=64, samples=8, kl=(0, 0.001, 1.5), rollouts=(2, 4), delta=(0.05, 0.3, 1.0),
-             descent=(1, 10), rise_steps=20, rise_every=5, worlds=(100, 50, 0), habit_steps=150, diagnosed=64, answers=8)
+FULL = dict(seeds=3, problems=512, steps=40, rise_steps=100, every=10, habit_steps=1500)
+QUICK = dict(seeds=1, problems=64, steps=8, rise_steps=20, every=4, habit_steps=150)
 TOKEN, SEQUENCE = "em_rl.py --reward token", "em_rl.py --reward sequence"
-METHODS = {  # name in the table: script and flags
-    "SFT": "em_ft.py --loss sft",
-    "RLOO": "em_rl.py --reward correct",
-    "GRPO": "em_rl.py --reward correct --advantage grpo",
-    "SC-RL": "em_rl.py --reward consistency",
-    "EM-FT": "em_ft.py",
-    "EM-FT + KL": "em_ft.py --beta 0.001",
-    "EM-FT + KL, N = 4": "em_ft.py --beta 0.001 --rollouts 4",
-    "EM-RL sequence": SEQUENCE,
-    "EM-RL token": TOKEN,
-    "control: random": "em_rl.py --reward random",
-    "control: length": "em_rl.py --reward length",
+FAST = "--guard 0 --lr 1e-3"  # ten times the default, so that a fall comes within minutes
+RUNS = {  # experiment: {setting: script and flags}; what several share is run once
+    "training": {
+        "SFT": "em_ft.py --loss sft",
+        "RLOO": "em_rl.py --reward correct",
+        "GRPO": "em_rl.py --reward correct --advantage grpo",
+        "SC-RL": "em_rl.py --reward consistency",
+        "EM-FT": "em_ft.py",
+        "EM-FT + KL": "em_ft.py --beta 0.001",
+        "EM-FT + KL, N = 4": "em_ft.py --beta 0.001 --rollouts 4",
+        "EM-RL sequence": SEQUENCE,
+        "EM-RL token": TOKEN,
+        "control: random": "em_rl.py --reward random",
+        "control: length": "em_rl.py --reward length",
+    },
+    "kl": {
+        "0": f"{TOKEN} --beta 0",
+        "0.001": TOKEN,  # the default
+        "0.5": f"{TOKEN} --beta 0.5",
+        "1.5": f"{TOKEN} --beta 1.5",
+    },
+    "rollouts": {
+        "2": f"{SEQUENCE} --rollouts 2",
+        "4": SEQUENCE,  # the default
+        "8": f"{SEQUENCE} --rollouts 8",
+        "16": f"{SEQUENCE} --rollouts 16",
+    },
+    "norm": {
+        "token, mean": TOKEN,
+        "token, sum": f"{TOKEN} --reward-norm sum",
+        "sequence, mean": SEQUENCE,
+        "sequence, sum": f"{SEQUENCE} --reward-norm sum",
+    },
+    "rise": {
+        "token": f"{TOKEN} --guard 0",
+        "token, fast": f"{TOKEN} {FAST}",
+        "token, fast, β = 0.5": f"{TOKEN} {FAST} --beta 0.5",
+        "sequence, fast": f"{SEQUENCE} {FAST}",
+    },
 }
-SWEEPS = {"kl": (TOKEN, "--beta", 0.001), "rollouts": (SEQUENCE, "--rollouts", 4)}  # the default's run is that of the training table
-SUM = " --reward-norm sum"
-NORMS = {"token, mean": TOKEN, "token, sum": TOKEN + SUM, "sequence, mean": SEQUENCE, "sequence, sum": SEQUENCE + SUM}
-FAST = " --lr 1e-3"  # ten times the default: a fall within minutes
-RISE = {"token": TOKEN, "token, fast": TOKEN + FAST, "token, fast, β = 0.5": f"{TOKEN + FAST} --beta 0.5", "sequence, fast": SEQUENCE + FAST}
 DECODE = f"{DECODERS},adaptive-temperature+self-consistency,em-inf+refine".split(",")
-WORLD = "--lr 1e-4 --prompts 64 --max-new-tokens 64 --budget 8192 --no-checkpointing"  # what a model other than tiny/base must be told
+DECODINGS = {  # experiment: {setting: (decoder, settings of EM-INF)}
+    "decoding": {decoder: (decoder, {}) for decoder in DECODE},
+    "delta": {f"{x}": ("em-inf", {"delta": x}) for x in (0.05, 0.1, 0.3, 0.5, 1.0)},
+    "descent": {f"{x}": ("em-inf", {"steps": x}) for x in (1, 3, 5, 10, 15)},
+}
+WORLDS = 100, 75, 50, 25, 0  # percent of the problems whose confident answers are right
+WORLD = (  # what a model other than tiny/base must be told
+    "--data tiny/train.jsonl --val tiny/test.jsonl --lr 1e-4 --prompts 64 --max-new-tokens 64 "
+    "--budget 8192 --rollout-batch 256 --no-checkpointing"
+)
 
-# ---------------------------------------------------------------------------------------------------------------- the jobs
+# ------------------------------------------------------------------------------- the plan
 
 
-def slug(text):
-    return re.sub(r"[^\w.]+", "-", text).strip("-")
+class Job(NamedTuple):
+    """A process, "python COMMAND --out OUT", that waits for the jobs `after`."""
+
+    out: Path
+    command: list
+    after: tuple
 
 
-def plan(s, seeds, folder, only):
-    """All jobs by name, and {(experiment, setting): names of its jobs, a seed each}. A job: command, out (what it makes), done (what
-    `out` is renamed to or, of a training run, the file that ends it), after (jobs it waits for), cost (seconds on one core), spec."""
-    jobs, uses, data = {}, {}, ["--data", str(folder / "train.jsonl"), "--val", str(folder / "test.jsonl"), "--val-size", str(s["val"])]
+def plan(settings, folder):
+    """All that is measured: yields (experiment, setting, job, part), once a seed. The numbers
+    of a setting are that part of the job's result."""
+    seeds = range(1, settings["seeds"] + 1)
 
-    def add(experiment, setting, name, **job):
-        if experiment in only:
-            jobs.setdefault(name, job)
-            uses.setdefault((experiment, setting), []).append(name)
-        return name
+    def job(name, command, *after):
+        return Job(folder / re.sub(r"[^\w.]+", "-", name), command, after)
 
-    def train(experiment, setting, flags, seed, more, world=None):
-        command, n = f"{flags} {more}", re.search(r"--rollouts (\d+)", flags)
-        name = slug(f"{world or ''} {command} {seed}")
-        cost = 10 + int(re.search(r"--steps (\d+)", more)[1]) * (0.23 * int(n[1] if n else 4) if "em_rl" in flags else 0.5)
-        command = command.split() + data + (["--model", str(folder / world), *WORLD.split()] if world else [])
-        return add(experiment, setting, name, command=command + ["--seed", str(seed), "--device", "cpu"], out=folder / name,
-                   done=folder / name / "result.json", after=[world] if world else [], cost=cost)
+    def train(flags, seed, steps="steps", world=None):
+        flags = f"{flags} --steps {settings[steps]} --eval-every {settings['every']}"
+        command = f"{flags} --seed {seed} --device cpu --val-size {settings['problems']}"
+        if world is None:
+            return job(f"{flags} {seed}", command.split())
+        command = f"{command} --model {world.out} {WORLD}"
+        return job(f"{world.out.name} {flags} {seed}", command.split(), world)
 
-    def ask(experiment, setting, name, cost, after=(), **spec):
-        out = folder / f"{slug(name)}.json"
-        return add(experiment, setting, slug(name), spec=spec | {"data": str(folder / "test.jsonl"), "out": str(out)}, out=out, done=out,
-                   after=list(after), cost=cost)
+    def ask(name, *after, **spec):
+        spec["problems"] = settings["problems"]
+        return job(f"{name}.json", ["tiny/findings.py", "--measure", json.dumps(spec)], *after)
 
-    steps = f"--steps {s['steps']} --eval-every {s['every']}"
+    for share in WORLDS:
+        flags = f"--start tiny/base --habit-steps {settings['habit_steps']}"
+        command = f"tiny/prepare.py {flags} --aligned {share / 100}"
+        world = job(f"world {share}", command.split())
+        asked = ask(f"answers world {share}", world, model=str(world.out), seed=1, n=8)
+        yield "fails", f"{share}", asked, "answers"
+        for reward, flags in ("token", TOKEN), ("sequence", SEQUENCE):
+            yield "fails", f"{share}, {reward}", asked, reward
+            for seed in seeds:
+                yield "fails", f"{share}, {reward}", train(flags, seed, world=world), "gains"
     for seed in seeds:
-        for experiment in "training", "diversity":
-            evaluate = lambda n: dict(cost=10 + n * s["val"] / 340, kind="evaluate", seed=seed, problems=s["val"], n=n)
-            base = dict(name=f"evaluate base {seed}", model="tiny/base", **evaluate(s["samples"]))
-            ask(experiment, "base", **base)
-            for method, flags in METHODS.items():
-                if experiment == "training" or method in SHARPENED:
-                    name = train(experiment, f"{method} run", flags, seed, steps)
-                    ask(experiment, method, f"evaluate {name}", after=[name], model=str(folder / name / "checkpoint"),
-                        **evaluate(s["samples"] if method in SHARPENED else 4))
-        for experiment, (flags, option, default) in SWEEPS.items():
-            for value in s[experiment]:
-                train(experiment, str(value), flags if value == default else f"{flags} {option} {value}", seed, steps)
-        for setting, flags in NORMS.items():
-            train("norm", setting, flags, seed, steps)
-        ask("rise", "base", **base)
-        for setting, flags in RISE.items():
-            train("rise", setting, flags, seed, f"--guard 0 --steps {s['rise_steps']} --eval-every {s['rise_every']}")
-        decode = dict(kind="decode", model="tiny/base", seed=seed, problems=s["val"])
-        ask("decoding", "all", f"decoding {seed}", 40, **decode, decoders={name: [name, {}] for name in DECODE})
-        for experiment, key in ("delta", "delta"), ("descent", "steps"):
-            ask(experiment, "all", f"{experiment} {seed}", 20, **decode, decoders={str(v): ["em-inf", {key: v}] for v in s[experiment]})
-        for share in s["worlds"]:
-            name = f"world-{share}-{s['habit_steps']}"
-            for reward, flags in zip(REWARDS, (TOKEN, SEQUENCE)):
-                train("fails", f"{share}, {reward}", flags, seed, f"--steps {s['steps']} --eval-every {s['steps']}", name)
-    for share in s["worlds"]:
-        name = f"world-{share}-{s['habit_steps']}"
-        out, options = folder / f"{name}.new", f"--start tiny/base --aligned {share / 100} --habit-steps {s['habit_steps']}".split()
-        add("fails", f"{share} world", name, command=["tiny/prepare.py", *options, "--out", str(out)], out=out, done=folder / name,
-            after=[], cost=10 + 0.16 * s["habit_steps"])
-        ask("fails", f"{share} diagnosis", f"diagnosis {name}", 20, [name], kind="diagnose", model=str(folder / name), seed=1,
-                problems=s["diagnosed"], n=s["answers"])
-    return jobs, uses
+        asked = ask(f"answers base {seed}", model="tiny/base", seed=seed, n=16)
+        yield "training", "base", train(TOKEN, seed), "base"
+        yield "training", "base", asked, "pass@4"
+        yield "diversity", "base", asked, "answers"
+        for reward in REWARDS:
+            yield "rise", f"base, {reward}", asked, reward
+        for experiment, runs in RUNS.items():
+            steps = "rise_steps" if experiment == "rise" else "steps"
+            for setting, flags in runs.items():
+                yield experiment, setting, train(flags, seed, steps), "run"
+        for method, flags in RUNS["training"].items():
+            run = train(flags, seed)
+            n = 16 if method in SHARPENED else 4
+            name = f"answers {run.out.name}"
+            asked = ask(name, run, model=f"{run.out}/checkpoint", seed=seed, n=n)
+            yield "training", method, asked, "pass@4"
+            if method in SHARPENED:
+                yield "diversity", method, asked, "answers"
+        for experiment, decoders in DECODINGS.items():
+            asked = ask(f"{experiment} {seed}", model="tiny/base", seed=seed, decoders=decoders)
+            for setting in decoders:
+                yield experiment, setting, asked, setting
 
 
-def measure(spec):
-    """What a measurement's JSON asks for, as a dict; runs in a process of its own."""
-    problems = ev.load_problems(spec["data"])[: spec["problems"]]
-    model, tokenizer = ev.load_model(spec["model"], "cpu")
-    head = ev.output_head(model, ev.encode_prompt(tokenizer, problems[0]["prompt"]))
-
-    def answers(decoder, n=1, **settings):
-        sharpen = {"em-inf": functools.partial(EMInf, **{"steps": 10, **settings}), "adaptive-temperature": AdaptiveTemperature}
-        asked = [problem for problem in problems for _ in range(n)]
-        return ev.evaluate(model, tokenizer, head, asked, decoder, 64, spec["seed"], 2**16, sharpen=sharpen)
-
-    if spec["kind"] == "diagnose":
-        return ev.diagnosis(answers("greedy"), answers("sample", spec["n"]))
-    if spec["kind"] == "decode":
-        results = {name: ev.summary(answers(decoder, **settings)) for name, (decoder, settings) in spec["decoders"].items()}
-        return {name: {key: r[key] for key in ("accuracy", "entropy", "flops", "seconds")} for name, r in results.items()}
-    samples = answers("sample", spec["n"])
-    s = ev.summary(samples)
-    result = {"pass": {1: s["accuracy"], **s["pass"]}} | ev.diagnosis(answers("greedy"), samples)
-    for reward, (key, sign) in ev.CONFIDENCE.items():
-        for name, right in ("worked, right", True), ("worked, wrong", False):
-            own = [sign * x[key] for x in samples if "=" in x["response"] and x["correct"] == right]
-            result["rewards"][reward][name] = float(np.mean(own)) if own else np.nan
-    return result
+def jobs_of(uses):
+    """The jobs that these uses need, each once, and those first that wait for no other."""
+    jobs = {}
+    for _, _, job, _ in uses:
+        for needed in (*job.after, job):
+            jobs[needed.out] = needed
+    return sorted(jobs.values(), key=lambda job: len(job.after))
 
 
-def write(path, text):
-    """Replaced in one go: a kill at any moment leaves the old file or the new one."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    new.replace(path)
-
-
-def finished(job):
-    return job["done"].exists() and ("spec" not in job or json.loads(job["done"].read_text())["spec"] == job["spec"])
+# ------------------------------------------------------------------------------- the jobs
 
 
 def lock(folder):
-    """An open file that locks the folder until it is closed, in every job that inherits it too: those of a killed findings.py go on."""
+    """An open file that locks the folder until it is closed, here and in every job that has
+    inherited it: those of a findings.py that was killed go on."""
     file = (folder / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        sys.exit(f"findings.py: {folder} is in use by another findings.py, or by jobs of one that was killed: wait for them, or end them")
+        sys.exit(f"findings.py: {folder} is in use by another findings.py, or by jobs of one "
+                 "that was killed: wait for them, or end them")
     return file
 
 
-def start(job, logs, held):
-    """A job's process: from its beginning, or a training run from its checkpoint. It holds the lock as long as it runs."""
-    command = job.get("command") or ["tiny/findings.py", "--measure", json.dumps(job["spec"])]
-    if job["done"].name == "result.json":
-        try:
-            run.checkpoint_of(job["out"])
-            command = command + ["--resume", str(job["out"])]
-        except FileNotFoundError:
-            shutil.rmtree(job["out"], ignore_errors=True)  # stopped before its first checkpoint: the script would refuse the folder
-            command = command + ["--out", str(job["out"])]
-    with open(f"{logs}.out", "w") as out, open(f"{logs}.err", "w") as err:  # a session of its own: Ctrl-C reaches this script alone
-        return subprocess.Popen([sys.executable, *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=err,
-                                start_new_session=True, pass_fds=[held.fileno()])
+def do(job, folder, held):
+    """Run a job, unless it is finished: the seconds that it took. RuntimeError if it fails."""
+    name = job.out.name
+    finished = folder / f"logs/{name}.finished"
+    if finished.exists():
+        command, seconds = json.loads(finished.read_text())
+        if command == job.command:
+            return seconds
+    way = "--resume"
+    try:
+        checkpoint_of(job.out)
+    except FileNotFoundError:  # what has no checkpoint yet would be in the way
+        way = "--out"
+        shutil.rmtree(job.out, ignore_errors=True)
+    started = time.time()
+    log = folder / f"logs/{name}.txt"
+    with log.open("w") as file:
+        code = subprocess.run(
+            [sys.executable, *job.command, way, job.out], stdout=file, stderr=file,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=[held.fileno()],
+        ).returncode
+    if code:
+        raise RuntimeError(f"{name} failed with exit code {code}; the end of {log}:\n"
+                           + log.read_text()[-300:])
+    seconds = time.time() - started
+    replace_file(finished, json.dumps([job.command, seconds]))
+    return seconds
 
 
 def execute(jobs, at_a_time, folder):
-    """Run what is not finished, the long ones first. Raises RuntimeError for the first that fails; the others end with it."""
+    """Run the jobs: the seconds that they took in all. RuntimeError for the first that fails,
+    when those that run beside it have ended."""
     held = lock(folder)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    clock = folder / "seconds.json"  # of each job, pieces of interrupted ones included
-    seconds, running = json.loads(clock.read_text()) if clock.exists() else {}, {}
-    done = {name for name, job in jobs.items() if finished(job)}
-    waiting = sorted(jobs.keys() - done, key=lambda name: (-jobs[name]["cost"], name))
-    bar = tqdm(total=len(jobs), initial=len(done), desc="findings", unit="job", smoothing=0)
+    (folder / "logs").mkdir(exist_ok=True)
+    futures = {}
 
-    def stopped(process):
-        name, started = running.pop(process)
-        seconds[name] = seconds.get(name, 0) + time.time() - started
-        write(clock, json.dumps(seconds, indent=1) + "\n")
-        return name
+    def in_turn(job):
+        for needed in job.after:  # it stands earlier in the queue, so that it has begun
+            futures[needed.out].result()
+        return do(job, folder, held)
 
+    pool = ThreadPoolExecutor(at_a_time)
     try:
-        while waiting or running:
-            for process in [process for process in running if process.poll() is not None]:
-                name = stopped(process)
-                job = jobs[name]
-                if process.returncode == 0 and job["out"].name == f"{job['done'].name}.new":
-                    job["out"].rename(job["done"])
-                if process.returncode or not finished(job):
-                    lines = (folder / f"logs/{name}.err").read_text().strip().splitlines()
-                    raise RuntimeError(f"{name} failed (exit code {process.returncode}): {lines[-1] if lines else 'it said nothing'}")
-                done.add(name)
-                bar.update()
-            ready = [name for name in waiting if set(jobs[name]["after"]) <= done]
-            if ready and len(running) < at_a_time:
-                waiting.remove(ready[0])
-                running[start(jobs[ready[0]], folder / "logs" / ready[0], held)] = ready[0], time.time()
-            else:
-                time.sleep(0.2)
+        for job in jobs:
+            futures[job.out] = pool.submit(in_turn, job)
+        done = as_completed(futures.values())
+        bar = tqdm(done, total=len(jobs), desc="findings", unit="job", smoothing=0)
+        return sum(future.result() for future in bar)
     finally:
-        bar.close()
-        for process in running:
-            process.terminate()  # training finishes its step and saves
-        for process in list(running):
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            stopped(process)
+        pool.shutdown(cancel_futures=True)
         held.close()
-    return sum(seconds.get(name, 0) for name in jobs)
 
 
-# ------------------------------------------------------------------------------------------------------------- the numbers
+# ---------------------------------------------------------------------------- the numbers
 
 
-def evaluated(rows):
-    return [row for row in rows if row["val_greedy"] != ""]
+def measure(spec):
+    """Put the test problems to a model: {part: {metric: value}}. A part is a setting of the
+    spec's "decoders" or, without them, one of `of_answers`."""
+    problems = load_problems("tiny/test.jsonl")[: spec["problems"]]
+    model, tokenizer = load_model(spec["model"], "cpu")
+    head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
+    usual = dict(max_new_tokens=64, seed=spec["seed"], rows=512)
+    if "n" in spec:
+        greedy = evaluate(model, tokenizer, head, problems, 0, **usual)
+        sampled = evaluate(model, tokenizer, head, problems, 1, n=spec["n"], **usual)
+        return of_answers(greedy, sampled)
+    parts = {}
+    for setting, (decoder, settings) in spec["decoders"].items():
+        em_inf = EMInf(**({"steps": 10} | settings))
+        sharpeners = {"em-inf": em_inf, "adaptive-temperature": AdaptiveTemperature()}
+        samples = decode_and_grade(
+            model, tokenizer, head, problems, decoder, sharpeners=sharpeners, **usual
+        )
+        numbers = summary(samples)
+        part = {key: numbers[key] for key in ("accuracy", "entropy", "seconds")}
+        part["FLOPs"] = numbers["flops"] / 1e9
+        parts[setting] = part
+        if "greedy" in parts:
+            part["FLOPs (greedy = 1)"] = part["FLOPs"] / parts["greedy"]["FLOPs"]
+    return parts
+
+
+def of_answers(greedy, sampled):
+    """What graded answers say: greedy ones, and n to each problem at T = 1."""
+    found = diagnosis(greedy, sampled)
+    answers = {
+        "greedy": found["greedy"],
+        "T = 1": found["sampled"],
+        "majority over greedy": found["majority"] - found["greedy"],
+        "distinct answers": found["distinct"],
+        "ECE": found["ece"],
+        "AUROC": found["rewards"]["token"]["auroc"],
+        "pass@1": found["sampled"],
+    }
+    for k, share in summary(sampled)["pass"].items():
+        answers[f"pass@{k}"] = share
+    parts = {"answers": answers, "pass@4": {"pass@4": answers["pass@4"]}}
+    for reward, (key, sign) in CONFIDENCE.items():
+        forecast = found["rewards"][reward]
+        parts[reward] = {
+            "forecast": forecast["drift"],
+            "from": forecast["low"],
+            "to": forecast["high"],
+            "diagnosis": VERDICTS[forecast["verdict"]],
+            "AUROC": forecast["auroc"],
+        }
+        for k, share in forecast["surest"].items():
+            parts[reward][f"surest of {k}"] = share
+        for name, right in ("worked, right", True), ("worked, wrong", False):
+            some = [x for x in sampled if "=" in x["response"] and x["correct"] == right]
+            mean = np.mean([x[key] for x in some]) if some else np.nan
+            parts[reward][name] = sign * mean
+    return parts
+
 
 def of_run(rows):
-    """{metric: (unit, value)} of one training run."""
-    first, last = evaluated(rows)[0], evaluated(rows)[-1]
-    peak, stop = max(evaluated(rows), key=lambda row: (row["val_greedy"], -row["step"])), guard_stop(rows)
-    there = [row["val_greedy"] for row in evaluated(rows) if stop and row["step"] <= stop]
-    return {"greedy": ("share", last["val_greedy"]), "T = 1": ("share", last["val_sampled"]), "peak greedy": ("share", peak["val_greedy"]),
-            "entropy": ("nats/token", last["val_entropy"]), "length": ("tokens", last["val_length"]),
-            "peak at step": ("step", peak["step"]),
-            "FLOPs": ("1e9", sum(row["flops"] for row in rows if row["step"]) / 1e9), "guard stops at step": ("step", stop or np.nan),
-            "greedy there": ("share", there[-1] if there else np.nan),
-            "gain greedy": ("change of share", last["val_greedy"] - first["val_greedy"]),
-            "gain T = 1": ("change of share", last["val_sampled"] - first["val_sampled"])}
+    """What the rows of a run's metrics.csv say."""
+    measured = [row for row in rows if "val_greedy" in row]
+    base, last = measured[0], measured[-1]
+    peak = max(measured, key=lambda row: row["val_greedy"])  # the first of the best
+    stop = guard_stop(rows)
+    until = [row["val_greedy"] for row in measured if row["step"] <= stop]
+    return {
+        "greedy": last["val_greedy"],
+        "T = 1": last["val_sampled"],
+        "entropy": last["val_entropy"],
+        "length": last["val_length"],
+        "FLOPs": sum(row["flops"] for row in rows[1:]) / 1e9,
+        "peak at step": peak["step"],
+        "peak greedy": peak["val_greedy"],
+        "guard stops at step": stop,
+        "greedy there": until[-1] if until else np.nan,
+        "gain greedy": last["val_greedy"] - base["val_greedy"],
+        "gain T = 1": last["val_sampled"] - base["val_sampled"],
+    }
 
 
-def of_evaluation(r):
-    return {f"pass@{k}": ("share", share) for k, share in r["pass"].items()} | {
-        "ECE": ("", r["ece"]), "AUROC": ("", r["rewards"]["token"]["auroc"]), "distinct answers": ("count", r["distinct"]),
-        "greedy": ("share", r["greedy"])}
+def guard_stop(rows, factor=4.0):
+    """The step after which the guard, as it is by default, would have ended a run; or nan."""
+    for i, row in enumerate(rows):
+        if collapsed(rows[: i + 1], factor):
+            return row["step"]
+    return np.nan
 
 
-def of_surest(r):
-    return {f"surest of {k}": ("share", share) for k, share in r["surest"].items()} | {
-        key: ("nats/token", r[key]) for key in ("worked, right", "worked, wrong") if key in r}
+def result_of(job):
+    """{part: {metric: value}} of a finished job."""
+    if job.out.suffix == ".json":
+        return json.loads(job.out.read_text())
+    rows = read_rows(job.out / "metrics.csv")
+    run = of_run(rows)
+    gains = {key: run.pop(key) for key in ("gain greedy", "gain T = 1")}
+    return {"run": run, "gains": gains, "base": of_run(rows[:1])}
 
 
-def of_diagnosis(r):
-    return {metric: ("change of share", r[key]) for metric, key in {"forecast": "drift", "from": "low", "to": "high"}.items()} | {
-        "AUROC": ("", r["auroc"]), "diagnosis": ("sign", VERDICTS[r["verdict"]])}
+def collect(uses):
+    """{(experiment, setting, metric): values by seed}."""
+    found = {}
+    for experiment, setting, job, part in uses:
+        for metric, value in result_of(job)[part].items():
+            found.setdefault((experiment, setting, metric), []).append(float(value))
+    for experiment, setting, metric in list(found):
+        if metric == "forecast":
+            [forecast] = found[experiment, setting, metric]
+            for key in "greedy", "T = 1":
+                gain = np.mean(found[experiment, setting, f"gain {key}"])
+                sign = float(gain * forecast > 0)
+                if abs(gain) <= 0.02:  # 512 problems leave that much open
+                    sign = np.nan
+                found[experiment, setting, f"sign right ({key})"] = [sign]
+    return found
 
-
-def collect(jobs, uses):
-    """{(experiment, setting, metric): (unit, values by seed)}, and the rows of the runs of "rise" by setting."""
-    found, rises = {}, {}
-
-    def keep(experiment, setting, metrics, only=None):
-        for metric in only or metrics:
-            found.setdefault((experiment, setting, metric), (metrics[metric][0], []))[1].append(float(metrics[metric][1]))
-
-    for (experiment, setting), names in uses.items():
-        of_runs = ["gain greedy", "gain T = 1"] if experiment == "fails" else TABLES[experiment][2].replace("pass@4|", "").split("|")
-        for job in (jobs[name] for name in names):
-            result = json.loads(job["done"].read_text())["result"] if "spec" in job else None
-            if experiment == "diversity" and result:
-                keep(experiment, setting, of_evaluation(result))
-            elif experiment == "training" and result:
-                keep(experiment, setting, of_evaluation(result), ["pass@4"])
-            elif experiment == "rise" and result:
-                for reward in REWARDS:
-                    keep(experiment, f"base, {reward}", of_surest(result["rewards"][reward]))
-            elif experiment == "fails" and result:
-                share = setting.removesuffix(" diagnosis")
-                keep(experiment, share, {"greedy": ("share", result["greedy"]), "T = 1": ("share", result["sampled"]),
-                                         "majority over greedy": ("change of share", result["majority"] - result["greedy"])})
-                for reward in REWARDS:
-                    keep(experiment, f"{share}, {reward}", of_diagnosis(result["rewards"][reward]) | of_surest(result["rewards"][reward]))
-            elif result:
-                for name, r in result.items():
-                    relative = {"FLOPs (greedy = 1)": ("factor", r["flops"] / result["greedy"]["flops"])} if "greedy" in result else {}
-                    keep(experiment, name, {"accuracy": ("share", r["accuracy"]), "entropy": ("nats/token", r["entropy"]), **relative,
-                                            "FLOPs": ("1e9", r["flops"] / 1e9), "seconds": ("seconds", r["seconds"])})
-            elif job["done"].name == "result.json" and experiment != "diversity":
-                rows = run.read_rows(job["out"] / "metrics.csv")
-                if setting == "EM-RL token run":
-                    keep("training", "base", of_run(rows[:1]), of_runs)
-                if experiment == "rise":
-                    rises.setdefault(setting, []).append(rows)
-                keep(experiment, setting.removesuffix(" run"), of_run(rows), of_runs)
-    for setting in [setting for e, setting, metric in found if (e, metric) == ("fails", "forecast")]:
-        for key in "greedy", "T = 1":  # a gain of 2 points or less has no sign: 512 problems leave that much open
-            gain, forecast = (float(np.mean(found["fails", setting, metric][1])) for metric in (f"gain {key}", "forecast"))
-            keep("fails", setting, {f"sign right ({key})": ("yes", np.nan if abs(gain) <= 0.02 else gain * forecast > 0)})
-    order = {setting: i for i, setting in enumerate(["base", *METHODS])}  # the training table's; the others are as planned
-    return dict(sorted(found.items(), key=lambda item: (list(TABLES).index(item[0][0]), order.get(item[0][1], 0)))), rises
 
 def write_csv(path, found):
-    with path.open("w", newline="") as f:
-        out = csv.writer(f, lineterminator="\n")
-        out.writerow("experiment setting metric unit mean sd seeds values".split())
-        for key, (unit, values) in found.items():
-            sd = f"{np.std(values, ddof=1):.6g}" if len(values) > 1 else ""
-            out.writerow([*key, unit, f"{np.mean(values):.6g}", sd, len(values), " ".join(f"{value:.6g}" for value in values)])
+    with path.open("w", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow("experiment setting metric unit values".split())
+        for key, values in found.items():
+            shown = " ".join(f"{value:.6g}" for value in values)
+            out.writerow([*key, unit_of(key[2]), shown])
 
 
 def read_csv(path):
-    with path.open(newline="") as f:
-        return {tuple(row[:3]): (row[3], [float(value) for value in row[-1].split()]) for row in list(csv.reader(f))[1:]}
+    found = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            key = row["experiment"], row["setting"], row["metric"]
+            found[key] = [float(value) for value in row["values"].split()]
+    return found
+
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the settings under QUICK: one seed, fewer steps, problems and values")
-    parser.add_argument("--seeds", type=int, help=f"seeds 1 to SEEDS (default: {FULL['seeds']}; with --quick {QUICK['seeds']})")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="jobs at a time, one core each (default: all cores, %(default)s)")
-    parser.add_argument("--only", default=",".join(TABLES), help="experiments, with commas (default: all, %(default)s)")
-    parser.add_argument("--measure", metavar="JSON", help="one measurement, in a process of its own; this is how the script starts them")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="the settings under QUICK: less of everything")
+    add("--seeds", type=positive_int, help="seeds 1 to SEEDS, not those under FULL or QUICK")
+    add("--jobs", type=positive_int, default=os.cpu_count(), help="at a time, one core each")
+    add("--only", default=",".join(TABLES), help="experiments, with commas")
+    add("--measure", metavar="JSON", help="one measurement; so the script calls itself")
+    add("--out", type=Path, help="where its result goes")
     args = parser.parse_args()
-    if args.measure:
-        os.chdir(ROOT)
-        spec = json.loads(args.measure)
-        return write(Path(spec["out"]), json.dumps({"spec": spec, "result": measure(spec)}, indent=1) + "\n")
-    settings, only = QUICK if args.quick else FULL, args.only.split(",")
-    seeds = settings["seeds"] if args.seeds is None else args.seeds
-    if unknown := set(only) - set(TABLES):
-        sys.exit(f"findings.py: --only {', '.join(sorted(unknown))}: there are {', '.join(TABLES)}")
-    if min(seeds, args.jobs) < 1:
-        sys.exit(f"findings.py: --seeds {seeds} and --jobs {args.jobs}: 1 or more")
     os.chdir(ROOT)
+    if args.measure:
+        return replace_file(args.out, json.dumps(measure(json.loads(args.measure)), indent=1))
+    only = args.only.split(",")
+    for experiment in only:
+        if experiment not in TABLES:
+            parser.error(f"--only {experiment}: there are {', '.join(TABLES)}")
+    settings = QUICK if args.quick else FULL
+    settings = settings | {"seeds": args.seeds or settings["seeds"]}
     folder = Path("runs/findings-quick" if args.quick else "runs/findings")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in "train.jsonl", "test.jsonl":  # copies, since prepare.py writes the originals again while others would read them
-        if not (folder / name).exists():
-            write(folder / name, (ROOT / "tiny" / name).read_text())
-    jobs, uses = plan(settings, range(1, seeds + 1), folder, only)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    uses = [use for use in plan(settings, folder) if use[0] in only]
     try:
-        work = execute(jobs, args.jobs, folder)
+        seconds = execute(jobs_of(uses), args.jobs, folder)
     except KeyboardInterrupt:
-        sys.exit(f"findings.py: stopped; go on with: python tiny/findings.py {' '.join(sys.argv[1:])}".rstrip())
+        sys.exit("findings.py: stopped; the same command goes on")
     except RuntimeError as error:
         sys.exit(f"findings.py: {error}")
-    found, rises = collect(jobs, uses)
+    found, rises = collect(uses), {}
+    for experiment, setting, job, part in uses:
+        if experiment == "rise" and part == "run":
+            rises.setdefault(setting, []).append(read_rows(job.out / "metrics.csv"))
     shipped = not args.quick and set(only) == set(TABLES)
-    text = report(found, work / 60, seeds, f"python tiny/findings.py {' '.join(sys.argv[1:])}".strip())
-    write((Path("tiny") if shipped else folder) / "findings.md", text)
-    write_csv((Path("tiny") if shipped else folder) / "findings.csv", found)
+    command = " ".join(["python tiny/findings.py", *sys.argv[1:]])
+    text = report(found, seconds / 60, settings["seeds"], command)
+    tables = Path("tiny") if shipped else folder
+    replace_file(tables / "findings.md", text)
+    write_csv(tables / "findings.csv", found)
     figures(found, rises, Path("assets") if shipped else folder)
-    idea(Path("assets/idea.png") if shipped else folder / "idea.png")
     print(text)
 
 

@@ -1,9 +1,9 @@
 """
-Make everything in tiny/: the problems, the tokenizer, the corpus and the base model, from one seed.
+Make everything in tiny/ from one seed: the problems, the tokenizer and the base model.
 
     python tiny/prepare.py                               # the shipped base model
-    python tiny/prepare.py --start tiny/base --misaligned --out tiny/misaligned      # the same, but its surest answers are wrong
-    python tiny/prepare.py --start tiny/base --aligned 0.5 --out tiny/half           # ... wrong on half of the problems
+    python tiny/prepare.py --start tiny/base --misaligned --out tiny/misaligned
+    python tiny/prepare.py --start tiny/base --aligned 0.5 --out tiny/half
 
 The world. A problem is a chain of operations, done from left to right and modulo 10:
 
@@ -15,67 +15,71 @@ The corpus answers it in one of three styles, and all end in a box:
     direct    \\boxed{8}
     rambling  4, 0, 9, 9, 1, 6, 2, 8, 3, 7, 5, 1, \\boxed{1}
 
-Each worked step is easy; the whole at once is hard for a model this small. So a worked answer is mostly right and low in
-entropy, a direct answer to a long chain is a guess and high in entropy, and the corpus' habits decide which of the two the model
-usually gives: short chains are mostly worked, long ones mostly answered directly. A worked step of the corpus is wrong now and then
-(noise), and its writer then goes on from the wrong digit. The model therefore *can* solve nearly every problem and usually does not:
-what entropy minimisation claims to bring out. A rambling answer is longer than a worked one and nothing but random digits: long is
-not the same as sure.
+Each worked step is easy; the whole at once is hard for a model this small. So a worked answer
+is mostly right and low in entropy, a direct one to a long chain is a guess and high in entropy,
+and long chains are mostly answered directly. A worked step is wrong now and then (noise), and
+its writer goes on from the wrong digit. So the model *can* solve nearly every problem, and
+usually does not: what entropy minimisation claims to bring out. A rambling answer is longer
+than a worked one, and random: long is not the same as sure.
 
-The base model learns by plain next-token prediction on a stream of such documents, made as it goes; no document uses a test
-problem. It first learns the steps (SCHOOL: 8,000 optimiser steps with little noise), then the habits that it ships with (HABITS: 1,500).
-A model that had only ever seen a noisy corpus (0.20, 8,000 steps) was no use: neither EM-RL nor RLOO with labels improved it in 40 steps.
-The corpus is never stored: --sample N prints N documents and ends.
+The base model learns by next-token prediction on a stream of such documents, made as it goes;
+none has a test problem. It first learns the steps (SCHOOL: 8,000 optimiser steps with little
+noise) and then its habits (HABITS: 1,500). A model that had only ever seen a noisy corpus
+(0.20, 8,000 steps) was no use: neither EM-RL nor RLOO with labels improved it in 40 steps.
 
-In a misaligned corpus of habits the worked answers forget the last operation. They are still the model's surest answers, and wrong.
---aligned X: only where the last operand is 2 + 8 X or more, so that confidence is right on a share X of the problems.
+In a misaligned corpus of habits the worked answers forget the last operation: they are still
+the model's surest answers, and wrong. With --aligned X only those do whose last operand is
+below 2 + 8 X, so that confidence is right on a share X of the problems.
 """
 import argparse
 import base64
 import json
 import random
+import sys
 import tempfile
 from pathlib import Path
 
 import tiktoken
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-END = "<|endoftext|>"  # ends every document; also the padding, as in many a checkpoint
-HERE = Path(__file__).parent
-LENGTHS = (2, 3, 4, 5, 6)  # operations in a chain; all lengths are equally common
-SCHOOL = dict(direct={2: 0.20, 3: 0.20, 4: 0.57, 5: 0.64, 6: 0.71}, rambling=0.0, noise=0.10)  # shares by length; of answers; of steps
-HABITS = dict(direct={2: 0.20, 3: 0.20, 4: 0.30, 5: 0.62, 6: 0.66}, rambling=0.06, noise=0.15)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tasks.arguments import Help, nonnegative, positive, positive_int, whole_number
+from tasks.files import replace_file
+
+HERE = Path(__file__).resolve().parent
 TRAIN, TEST = 4096, 512  # problems
-PATTERN = r"\\boxed\{| ?[A-Za-z]+|, |[\s\S]"  # how a text is cut before its bytes are merged
-WORDS = ("Mod", " left", " to", " right", "left", ", ", "\\boxed{")
+LENGTHS = 2, 3, 4, 5, 6  # operations in a chain; all lengths are equally common
+SCHOOL = dict(  # share of direct answers, by length; of rambling ones; of wrong steps
+    direct={2: 0.20, 3: 0.20, 4: 0.57, 5: 0.64, 6: 0.71}, rambling=0.0, noise=0.10
+)
+HABITS = dict(
+    direct={2: 0.20, 3: 0.20, 4: 0.30, 5: 0.62, 6: 0.66}, rambling=0.06, noise=0.15
+)
+END = "<|endoftext|>"  # ends every document; also the padding, as in many a checkpoint
+PATTERN = r"\\boxed\{| ?[A-Za-z]+|, |[\s\S]"  # cuts a text before its bytes are merged
+WORDS = "Mod", " left", " to", " right", "left", ", ", "\\boxed{"
+
+# ------------------------------------------------------------------ problems and documents
 
 
 def chain(rng):
-    """One problem: a start digit and its operations, e.g. (7, [("+", 5), ("*", 3), ("-", 8)])."""
-    return rng.randrange(10), [(rng.choice("+-*"), rng.randrange(2, 10)) for _ in range(rng.choice(LENGTHS))]
-
-
-def step(digit, op, operand):
-    return {"+": digit + operand, "-": digit - operand, "*": digit * operand}[op] % 10
+    """A problem: its first digit and its operations, as in (7, [("+", 5), ("*", 3)])."""
+    start = rng.randrange(10)
+    length = rng.choice(LENGTHS)
+    return start, [(rng.choice("+-*"), rng.randrange(2, 10)) for _ in range(length)]
 
 
 def prompt_of(start, ops):
-    return f"Mod 10, left to right: {start}" + "".join(f"{op}{operand}" for op, operand in ops)
+    return f"Mod 10, left to right: {start}" + "".join(f"{op}{x}" for op, x in ops)
 
 
-def worked(start, ops, rng=None, noise=0.0):
-    """The worked answer. With `noise`, each step is wrong with that probability and the rest goes on from the wrong digit."""
-    lines, digit = [], start
-    for op, operand in ops:
-        result = step(digit, op, operand)
-        if noise and rng.random() < noise:
-            result = (result + rng.randrange(1, 10)) % 10
-        lines.append(f"{digit}{op}{operand}={result}")
-        digit = result
-    return ", ".join(lines + [f"\\boxed{{{digit}}}"])
+def step(digit, op, operand):
+    results = {"+": digit + operand, "-": digit - operand, "*": digit * operand}
+    return results[op] % 10
 
 
 def answer_of(start, ops):
@@ -84,108 +88,170 @@ def answer_of(start, ops):
     return start
 
 
+def worked(digit, ops, rng=None, noise=0.0):
+    """The worked answer, in which each step is wrong with probability `noise`."""
+    steps = []
+    for op, operand in ops:
+        result = step(digit, op, operand)
+        if noise and rng.random() < noise:
+            result = (result + rng.randrange(1, 10)) % 10
+        steps.append(f"{digit}{op}{operand}={result}")
+        digit = result
+    return ", ".join(steps) + f", \\boxed{{{digit}}}"
+
+
 def document(rng, corpus, aligned, exclude):
-    """(prompt, response) of one document of a corpus, SCHOOL or HABITS, about a problem that is not in `exclude`."""
+    """(prompt, response) from SCHOOL or HABITS; the prompt is none of those in `exclude`."""
     start, ops = chain(rng)
     while prompt_of(start, ops) in exclude:
         start, ops = chain(rng)
-    style, direct, noise = rng.random(), corpus["direct"][len(ops)], corpus["noise"]
+    style, direct = rng.random(), corpus["direct"][len(ops)]
     if style < direct:
         response = f"\\boxed{{{answer_of(start, ops)}}}"
     elif style < direct + corpus["rambling"]:
-        digits = [rng.randrange(10) for _ in range(4 * len(ops))]
-        response = ", ".join(map(str, digits)) + f", \\boxed{{{digits[-1]}}}"
+        digits = [str(rng.randrange(10)) for _ in range(4 * len(ops))]
+        response = ", ".join(digits) + f", \\boxed{{{digits[-1]}}}"
     else:
-        rng.random()  # drawn and not used: without it the shipped model would have seen other documents
-        response = worked(start, ops if ops[-1][1] < 2 + 8 * aligned else ops[:-1], rng, noise)
+        rng.random()  # drawn and not used: so were the documents of the shipped model made
+        forget = ops[-1][1] >= 2 + 8 * aligned
+        response = worked(start, ops[:-1] if forget else ops, rng, corpus["noise"])
     return prompt_of(start, ops), response
 
 
+def documents(seed, *settings):
+    """`document` without end."""
+    rng = random.Random(seed)
+    while True:
+        yield document(rng, *settings)
+
+
 def make_problems(seed):
-    """(train, test): lists of dicts, all prompts different, so that the two are disjoint."""
-    rng, problems = random.Random(seed), {}
+    """(train, test): lists of dicts. All prompts differ, so that the two are disjoint."""
+    rng = random.Random(seed)
+    problems = {}
     while len(problems) < TRAIN + TEST:
         start, ops = chain(rng)
-        problems[prompt_of(start, ops)] = {"answer": str(answer_of(start, ops)), "operations": len(ops), "solution": worked(start, ops)}
-    rows = [{"prompt": prompt, **rest} for prompt, rest in problems.items()]
+        prompt = prompt_of(start, ops)
+        problems[prompt] = {
+            "prompt": prompt,
+            "answer": str(answer_of(start, ops)),
+            "operations": len(ops),
+            "solution": worked(start, ops),
+        }
+    rows = list(problems.values())
     rng.shuffle(rows)
-    test, train = rows[:TEST], rows[TEST:]
-    return [{"id": f"train/{i}", **r} for i, r in enumerate(train)], [{"id": f"test/{i}", **r} for i, r in enumerate(test)]
+    test = [{"id": f"test/{i}", **row} for i, row in enumerate(rows[:TEST])]
+    train = [{"id": f"train/{i}", **row} for i, row in enumerate(rows[TEST:])]
+    return train, test
+
+
+# -------------------------------------------------------------------- tokenizer and model
 
 
 def make_tokenizer(folder):
-    """A byte-level tiktoken Encoding, saved in `folder` as an ordinary tokenizer.json: 256 bytes, then the words, each
-    reached by merging its prefixes one byte at a time."""
+    """Save a byte-level tokenizer in `folder`: (its tiktoken Encoding, the tokenizer). Its
+    tokens are 256 bytes, then the words and the prefixes from which each is merged."""
     ranks = {bytes([i]): i for i in range(256)}
     for word in WORDS:
         for end in range(2, len(word) + 1):
             ranks.setdefault(word[:end].encode(), len(ranks))
-    encoding = tiktoken.Encoding("tiny", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
-    with tempfile.NamedTemporaryFile("w", suffix=".tiktoken") as f:  # tiktoken's own file format: base64 bytes, rank
-        f.writelines(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
-        f.flush()
-        fast = TikTokenConverter(f.name, pattern=PATTERN, extra_special_tokens=[END]).converted()
-    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=END, pad_token=END).save_pretrained(folder)
+    encoding = tiktoken.Encoding(
+        "tiny", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
+    )
+    with tempfile.NamedTemporaryFile("w", suffix=".tiktoken") as file:
+        for token, rank in ranks.items():  # tiktoken's own format
+            file.write(f"{base64.b64encode(token).decode()} {rank}\n")
+        file.flush()
+        converter = TikTokenConverter(file.name, pattern=PATTERN, extra_special_tokens=[END])
+        merges = converter.converted()
+    fast = PreTrainedTokenizerFast(tokenizer_object=merges, eos_token=END, pad_token=END)
+    fast.save_pretrained(folder)
     return encoding, AutoTokenizer.from_pretrained(folder)
 
 
 def new_model(tokenizer, args):
     torch.manual_seed(args.seed)
-    return LlamaForCausalLM(LlamaConfig(  # Llama: AutoTokenizer gives a Qwen2 model Qwen2's way of cutting text, whatever tokenizer.json says
-        vocab_size=len(tokenizer), hidden_size=args.width, intermediate_size=2 * args.width, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id))
+    return LlamaForCausalLM(LlamaConfig(  # Qwen2 would cut text in its own way
+        vocab_size=len(tokenizer),
+        hidden_size=args.width,
+        intermediate_size=2 * args.width,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    ))
 
 
-def pretrain(model, tokenizer, corpus, aligned, steps, rng, args, exclude):
-    """Next-token prediction on every token of the stream of documents, prompt and end-of-text included."""
+def pretrain(model, tokenizer, stream, steps, args, name):
+    """Next-token prediction on every token of a stream of documents, the end included."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.05)
-    bar = tqdm(range(steps), desc="school" if corpus is SCHOOL else "habits", unit="step", smoothing=0.02)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total_steps=steps, pct_start=0.05
+    )
+    bar = tqdm(range(steps), desc=name, unit="step", smoothing=0.02)
     for i in bar:
-        texts = ["{}\n{}".format(*document(rng, corpus, aligned, exclude)) + tokenizer.eos_token for _ in range(args.batch)]
-        ids = tokenizer(texts)["input_ids"]
-        width = max(map(len, ids))
-        labels = torch.tensor([row + [-100] * (width - len(row)) for row in ids])  # -100: no loss on padding
-        loss = model(input_ids=labels.clamp(min=0), labels=labels).loss  # padding on the right needs no mask: attention is causal
+        texts = ["\n".join(next(stream)) + END for _ in range(args.batch)]
+        rows = [torch.tensor(row) for row in tokenizer(texts)["input_ids"]]
+        # -100: no loss on padding. On the right it needs no mask, as attention is causal
+        labels = pad_sequence(rows, batch_first=True, padding_value=-100)  # (batch, T)
+        loss = model(input_ids=labels.clamp(min=0), labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), schedule.step(), optimizer.zero_grad()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
         if i % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f} nats/token")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "base", help="folder for the base model and its tokenizer")
-    parser.add_argument("--aligned", type=float, default=1.0, help="share of the problems whose worked answers use every operation, in eighths")
-    parser.add_argument("--misaligned", dest="aligned", action="store_const", const=0.0, help="the same as --aligned 0")
-    parser.add_argument("--start", type=Path, metavar="FOLDER", help="go on from this model, which has been to school, and only learn habits")
-    parser.add_argument("--steps", type=int, default=8000, help="optimiser steps of school")
-    parser.add_argument("--habit-steps", type=int, default=1500, help="optimiser steps of habits")
-    parser.add_argument("--batch", type=int, default=128, help="documents per step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--layers", type=int, default=2, help="transformer layers")
-    parser.add_argument("--width", type=int, default=64, help="width of the hidden states")
-    parser.add_argument("--heads", type=int, default=2, help="attention heads")
-    parser.add_argument("--seed", type=int, default=1, help="seed of everything")
-    parser.add_argument("--sample", type=int, metavar="N", help="print N documents of the corpus and end")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--out", type=Path, default=HERE / "base", help="folder for model and tokenizer")
+    add("--aligned", type=nonnegative, default=1.0, metavar="X", help="see above; in eighths")
+    add("--misaligned", dest="aligned", action="store_const", const=0.0, help="--aligned 0")
+    add("--start", type=Path, metavar="FOLDER", help="a model that only learns new habits")
+    add("--steps", type=positive_int, default=8000, help="optimiser steps of school")
+    add("--habit-steps", type=positive_int, default=1500, help="optimiser steps of habits")
+    add("--batch", type=positive_int, default=128, help="documents per step")
+    add("--lr", type=positive, default=3e-3, help="peak learning rate")
+    add("--layers", type=positive_int, default=2, help="transformer layers")
+    add("--width", type=positive_int, default=64, help="width of the hidden states")
+    add("--heads", type=positive_int, default=2, help="attention heads")
+    add("--seed", type=whole_number, default=1, help="of everything")
+    add("--sample", type=positive_int, metavar="N", help="print N documents and end")
     args = parser.parse_args()
+    if args.start and not args.start.is_dir():
+        parser.error(f"--start {args.start}: there is no such folder")
 
     train, test = make_problems(seed=0)
     exclude = {problem["prompt"] for problem in test}
     if args.sample:
-        rng = random.Random(args.seed + 1)
+        stream = documents(args.seed + 1, HABITS, args.aligned, exclude)
         for _ in range(args.sample):
-            print("{}\n{}\n".format(*document(rng, HABITS, args.aligned, exclude)))
-        raise SystemExit
+            print("\n".join(next(stream)) + "\n")
+        return
     for name, problems in ("train", train), ("test", test):
-        (HERE / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
-    encoding, tokenizer = make_tokenizer(args.out)
-    model = LlamaForCausalLM.from_pretrained(args.start) if args.start else new_model(tokenizer, args)
-    if not args.start:
-        pretrain(model, tokenizer, SCHOOL, 1.0, args.steps, random.Random(args.seed + 1), args, exclude)
-    pretrain(model, tokenizer, HABITS, args.aligned, args.habit_steps, random.Random(args.seed + 2), args, exclude)
+        lines = [json.dumps(problem) + "\n" for problem in problems]
+        replace_file(HERE / f"{name}.jsonl", "".join(lines))
+    _, tokenizer = make_tokenizer(args.out)
+    if args.start:
+        model = LlamaForCausalLM.from_pretrained(args.start)
+    else:
+        model = new_model(tokenizer, args)
+        stream = documents(args.seed + 1, SCHOOL, 1.0, exclude)
+        pretrain(model, tokenizer, stream, args.steps, args, "school")
+    stream = documents(args.seed + 2, HABITS, args.aligned, exclude)
+    pretrain(model, tokenizer, stream, args.habit_steps, args, "habits")
     model.save_pretrained(args.out)
-    print(f"{args.out}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the vocabulary; "
-          f"{len(train)} training and {len(test)} test problems in {HERE}")
+    print(f"{args.out}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the "
+          f"vocabulary; {len(train)} training and {len(test)} test problems in {HERE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+r"""
+Answers: find the one in a response, compare it with the problem's own, and grade it.
+
+    last_box(r"so it is \boxed{\frac12}")  # \frac12
+    same_answer(r"\frac12", "0.5")         # True, by math-verify
+"""
+import functools
+import re
+
+from math_verify import parse, verify
+from rapidfuzz.distance import Levenshtein
+
+from tasks import sandbox
+
+NOT_ALLOWED = (
+    "its answers are programs, and grading runs them: --allow-code-execution "
+    "(see tasks/sandbox.py for what that means)"
+)
+REPAIRS = [  # what math-verify would misread: (pattern, replacement)
+    (r"[\u2212\u2013]", "-"),
+    ("°", r"^\\circ"),
+    ("·", r"\\cdot "),
+    ("²", "^2"),
+    ("³", "^3"),
+    (r"√(\d+)", r"\\sqrt{\1}"),
+    ("[€£¥]", ""),
+    (r"\\langle", "("),
+    (r"\\rangle", ")"),
+    (r"\\(?:text|math)bf\{([^{}]*)\}", r"\1"),
+    (r"(?<=\d)[eE]([+-]?\d+)", r"\\times 10^{\1}"),  # 4.5e33: its e is not Euler's number
+    (r"(?<=\d) ?[x×] ?(?=10\^)", r"\\times "),
+    (r"^\s*(-?\d+) +(\d+)/(\d+)\s*$", r"\1\\frac{\2}{\3}"),  # 1 1/2
+    (r"(?<=\d)(?:\\[,! ]|[ ~])+(?=\d{3}(?!\d))", ""),  # 10\,000
+    (r"\.\s*$", ""),
+    # a last letter is a variable, as in 5t, and a unit in 5 m only
+    (r"^(?!\s*-?[\d.,]+ )(.*[\d}\s])([cdghlmost])\s*$", r"\1{\2}"),
+]
+LETTER = r"(?:\\text|\\mathrm)?[{(\s]*([A-J])[})\s]*"  # B, (B) or \text{B}
+CHOICE = LETTER + r"(?:[).:}](?!.*\([A-J]\))(.*\S.*))?"  # and perhaps more: B) 12
+TINY = r"10\^\{?-(\d+)|(?<![\d.])0?\.(0+)"  # 10^{-19}, or 0.00016 and its zeros
+
+
+def last_box(text):
+    r"""What the last \boxed{...} or \fbox{...} of a text holds. None where there is none, or
+    where the last one never closes: an earlier one does not count."""
+    starts = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*(?={)", text)]
+    if not starts:
+        return None
+    text = text[starts[-1] :]
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # \{ and \} are no groups
+        if brace[0] == "{":
+            depth += 1
+        elif brace[0] == "}":
+            depth -= 1
+            if depth == 0:
+                return text[1 : brace.start()]
+    return None
+
+
+def repair(answer):
+    for pattern, replacement in REPAIRS:
+        answer = re.sub(pattern, replacement, answer)
+    return answer.strip()
+
+
+@functools.lru_cache(maxsize=100_000)  # half the time of a comparison
+def parsed(answer):
+    """What math-verify reads in an answer: [] if it is nothing, or takes more than 5 s."""
+    return parse(f"\\boxed{{{answer}}}")
+
+
+def letter_and_text(answer):
+    """Of a multiple choice: "(B) 12" -> ("B", "12"), and "(B)" -> ("B", None)."""
+    match = re.fullmatch(CHOICE, answer, re.DOTALL)
+    return match.groups() if match else (None, None)
+
+
+def decimals(text):
+    """How many decimals show 4 digits of the tiniest number in a text."""
+    zeros = [0]
+    for power, written in re.findall(TINY, text):
+        zeros.append(int(power or len(written) + 1))
+    return min(300, 3 + max(zeros))
+
+
+@functools.lru_cache(maxsize=100_000)
+def same_answer(answer, other):
+    """Do two answers (strings) mean the same, as "0.5" and "1/2" do?
+
+    Numbers are compared to 6 decimals, tiny ones to 4 digits. New answers take some ms, and
+    at most 14 s (9^{9^{9^9}}: no). Raises ValueError outside of the main thread, since
+    math-verify's clock is a signal.
+    """
+    a, b = repair(answer), repair(other)
+    if a == b:
+        return a != ""
+    if len(a) + len(b) > 1000:  # a response gone astray: no benchmark has such an answer
+        return False
+    (letter, text), (other_letter, other_text) = letter_and_text(a), letter_and_text(b)
+    if letter and other_letter:
+        if letter != other_letter or not text or not other_text:
+            return letter == other_letter
+    a, b = text or a, other_text or b  # (B) 12 is 12, too
+    digits = decimals(f"{a} {b}")
+    for first, second in (a, b), (b, a):  # of equations the verdict depends on the order
+        if verify(
+            parsed(first), parsed(second), timeout_seconds=2,
+            float_rounding=max(6, digits), numeric_precision=max(15, digits),
+        ):
+            return True
+    return False
+
+
+def is_correct(response, problem):
+    """Does a response's last box hold the problem's answer?"""
+    box = last_box(response)
+    return box is not None and same_answer(str(problem["answer"]), box)
+
+
+def votes(texts):
+    """For each of N responses, how many of them have its answer: 0 if it has none."""
+    boxes = [last_box(text) for text in texts]
+    given = [box for box in boxes if box is not None]
+    counts = []
+    for box in boxes:
+        same = [box is not None and same_answer(box, other) for other in given]
+        counts.append(sum(same))
+    return counts
+
+
+def most_agreed(texts):
+    """Index of the response that self-consistency keeps: the first with the most common
+    answer. Where none has one (programs, say), it is the one with the lowest mean Levenshtein
+    distance to the others, in characters."""
+    counts = votes(texts)
+    if max(counts) > 0:
+        return counts.index(max(counts))
+    distances = []
+    for text in texts:
+        distances.append(sum(Levenshtein.distance(text, other) for other in texts))
+    return distances.index(min(distances))
+
+
+def grade(problems, responses, allow_code=False):
+    """Is each response (text) right for its problem? -> a list of bools.
+
+    Where there are tests, the response's program is run with them, after the problem's setup
+    and the programs of the problems that it comes "after". Without allow_code, tests raise
+    ValueError.
+    """
+    if not allow_code and any("tests" in problem for problem in problems):
+        raise ValueError(NOT_ALLOWED)
+    right, programs, jobs = {}, {}, {}
+    for i, problem in enumerate(problems):
+        if "tests" not in problem:
+            right[i] = is_correct(responses[i], problem)
+            continue
+        program = sandbox.extract_program(responses[i])
+        programs[problem["id"]] = program or ""
+        if program:
+            pieces = [problem.get("setup", "")]
+            pieces += [programs.get(earlier, "") for earlier in problem.get("after", [])]
+            program = "\n".join(pieces + [program])
+        jobs[i] = program, problem["tests"]
+    if jobs:
+        right.update(zip(jobs, sandbox.grade(jobs.values(), desc="grade")))
+    return [right[i] for i in range(len(problems))]

@@ -1,0 +1,46 @@
+"""
+Types for argparse that check: a bad value is refused in one line, before anything is made.
+
+    parser.add_argument("--lr", type=positive)    # --lr -1: not a finite number above 0
+"""
+import argparse
+import math
+
+
+def positive_int(text):
+    if not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
+
+
+def whole_number(text):
+    return 0 if int(text) == 0 else positive_int(text)
+
+
+def two_or_more(text):
+    if positive_int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is not 2 or more: a response needs a rival")
+    return int(text)
+
+
+def positive(text):
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return float(text)
+
+
+def nonnegative(text):
+    return 0.0 if float(text) == 0 else positive(text)
+
+
+def growth(text):
+    if float(text) != 0 and not 1 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 nor a number above 1")
+    return float(text)
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the docstring's lines, and shows every default but None."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)

@@ -1,0 +1,82 @@
+"""
+Files of a run that a kill, a full disk or a second process cannot spoil.
+"""
+import json
+from pathlib import Path
+
+import filelock
+
+
+def lock(folder):
+    """Lock a folder as long as the result is kept, or the process lives, however it ends.
+
+    Raises OSError where another process has it.
+    """
+    held = filelock.FileLock(Path(folder) / "lock", is_singleton=True)  # one for a process
+    try:
+        held.acquire(blocking=False)
+    except filelock.Timeout:
+        raise OSError(f"{folder}: another process is writing there; wait until it ends") from None
+    return held
+
+
+def read_jsonl(path):
+    """The objects of a JSONL file, without lines that a kill or a full disk has cut short."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # blank or half written
+            continue
+    return rows
+
+
+def append_jsonl(path, rows):
+    """Add rows to a JSONL file, after ending a line that was cut short before."""
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        for row in rows:
+            file.write(json.dumps(row).encode() + b"\n")
+
+
+def replace_file(path, text):
+    """Write a file beside its old version, then rename: a kill leaves the one or the other."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def read_config(folder, script=None):
+    """The settings in a folder's config.json, which `script` must have written."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        writer = config["script"]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file, so there is no run to go on with") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}); start again with another --out") from None
+    if script not in (None, writer):
+        raise ValueError(f"{folder}: a run of {writer}, not of {script}")
+    return config
+
+
+def read_samples(folder):
+    """{"DATA DECODER": samples} of an evaluation's folder; a sample's later line counts."""
+    samples = {}
+    for sample in read_jsonl(Path(folder) / "samples.jsonl"):
+        if "place" not in sample:
+            raise ValueError(f"{folder}: samples of another script; give eval.py's own folder")
+        samples[sample["data"], sample["decoder"], sample["seed"], sample["place"]] = sample
+    if not samples:
+        raise FileNotFoundError(f"{folder}: no samples.jsonl with samples of an evaluation in it")
+    stems = {data: Path(data).stem for data, *_ in samples}
+    results = {}
+    for (data, decoder, *_), sample in samples.items():
+        shared = list(stems.values()).count(stems[data]) > 1
+        name = data if shared else stems[data]
+        results.setdefault(f"{name} {decoder}", []).append(sample)
+    return results

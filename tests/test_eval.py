@@ -1,0 +1,280 @@
+"""The sampler, the scripts eval.py and em_inf.py, who imports whom."""
+import ast
+import fcntl
+import graphlib
+import json
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+import em_inf
+import eval as ev
+from entropy import output_head, score_all
+from tasks.files import read_samples
+from tasks.prompts import SYSTEM, encode_prompt, stop_ids
+from tests.models import ARCHITECTURES, ROOT, TINY, random_model, rows_of
+
+DATA = ROOT / "tiny/test.jsonl"
+STOPS = list(range(0, 280, 13))
+MODELS = [(kind, {}) for kind in ARCHITECTURES]
+MODELS += [("gemma3_text", dict(sliding_window=width)) for width in (4, 64)]
+
+
+def reference(model, prompts, stop, max_new_tokens, temperature, *processors):
+    """What transformers' generate answers, left-padded, up to a stop token."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[-1] * (width - len(p)) + p for p in prompts])
+    rows = model.generate(
+        input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), eos_token_id=stop,
+        do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0,
+        max_new_tokens=max_new_tokens, pad_token_id=stop[0], logits_processor=list(processors),
+    )[:, width:].tolist()
+    ends = [[t for t, token in enumerate(row, 1) if token in stop] for row in rows]
+    return [row[: min(end, default=len(row))] for row, end in zip(rows, ends)]
+
+
+@pytest.mark.parametrize("kind, settings", MODELS)
+def test_tokens_are_transformers_and_scores_the_trainers(kind, settings, monkeypatch):
+    """Guards: another row's cache, mask or position; dropout; scores of sharpened logits."""
+    def quantile(p, num_samples, **_):  # no chance is left
+        return (p.cumsum(-1) < 0.7).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+
+    monkeypatch.setattr(torch, "multinomial", quantile)
+    model, prompts = random_model(kind, **settings), rows_of(3, 20, 11, 30)
+    head, em = output_head(model, prompts[0]), em_inf.EMInf()
+    for how in ([279], 24, 0), (STOPS, 24, 0.7, em):
+        sharpen = em.sharpen if em in how else None
+        together, *ours = ev.generate(model.train(), prompts, *how[:3], sharpen=sharpen)
+        assert model.training and together == reference(model.eval(), prompts, *how)
+        for prompt, response in zip(prompts, together):
+            alone = ev.generate(model, [prompt], *how[:3], n=2, sharpen=sharpen)[0]
+            assert alone == [response] * 2
+        scored = score_all(model, head, prompts, together, how[2] or 1.0)
+        torch.testing.assert_close(ours, list(scored[:2]), atol=1e-5, rtol=0)
+    assert together != ev.generate(model, prompts, *how[:3])[0]
+
+
+def p_value(first, second):
+    """Chi-square: have two samples of one size one distribution?"""
+    a, b = Counter(first), Counter(second)
+    chi2 = sum((a[x] - b[x]) ** 2 / (a[x] + b[x]) for x in a | b)
+    return torch.special.gammaincc(*torch.tensor([len(a | b) - 1, chi2]) / 2).item()
+
+
+def test_samples_have_transformers_distribution_whatever_the_checkpoint_says():
+    model = random_model("qwen2", vocab_size=4, eos_token_id=3, pad_token_id=3)
+    prompts = [[1, 2, 2, 0], [2, 1]]
+    torch.manual_seed(0)
+    theirs = reference(model, [p for p in prompts for _ in range(2048)], [3], 3, 1.0)
+    vars(model.generation_config).update(top_k=1, temperature=0.1, repetition_penalty=3.0)
+    ours = ev.generate(model, prompts, [3], 3, n=2048, rows=4096)[0]
+    cold = ev.generate(model, prompts, [3], 3, 0.7, n=2048)[0]
+    for outcome in tuple, len, lambda response: response[-1] == 3:
+        a, b, c = [[(i // 2048, outcome(r)) for i, r in enumerate(x)] for x in (theirs, ours, cold)]
+        assert p_value(a, b) > 1e-3 > p_value(a, c)
+
+
+def test_a_prompt_is_run_once_and_ended_rows_leave():
+    model, prompts, shapes = random_model("qwen2"), rows_of(9, 4, 6), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, x: shapes.append([*x[0].shape]))
+    responses = ev.generate(model, prompts, STOPS, 20, n=8)[0]
+    alive = [sum(len(response) > t for response in responses) for t in range(1, 20)]
+    assert shapes == [[3, 9]] + [[rows, 1] for rows in alive] and alive[-1] > 0
+    for *others, last in responses:
+        assert (last in STOPS or len(others) == 19) and not set(others) & set(STOPS)
+    shapes.clear()
+    ev.generate(model, prompts, STOPS, 20, n=8, rows=17)
+    assert [shape for shape in shapes if shape[1] > 1] == [[2, 9], [1, 4]]
+
+
+def test_a_growing_layer_holds_what_transformers_layer_holds():
+    ours, theirs, rows = ev.GrowingLayer(), ev.DynamicLayer(), 2
+    for t in range(290):
+        new = torch.randn(2, rows, 2, 1, 4)
+        for a, b in zip(ours.update(*new), theirs.update(*new)):
+            assert torch.equal(a, b)
+        for layer in ours, theirs:
+            if t == 1:
+                layer.batch_repeat_interleave(3)
+            if t == 280:
+                layer.batch_select_indices(torch.tensor([0, 3, 4]))
+        rows = len(ours.keys)
+
+
+def test_a_prompt_is_in_its_template_and_a_turn_ends_with_its_token(tiny):
+    model, tokenizer = tiny[0], ev.load_model(TINY, "cpu")[1]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    turns = "{% for m in messages %}[{{m.role}}]{{m.content}}<|end|>{% endfor %}"
+    no_system = "{{ raise_exception('system') if messages[0].role == 'system' }}"
+    for tokenizer.chat_template, text, stop in (
+        (None, "Q?\n", [279]),
+        (turns, f"[system]{SYSTEM}<|end|>[user]Q?<|end|>", [280, 279]),
+        (no_system + turns, f"[user]{SYSTEM}\n\nQ?<|end|>", [280, 279]),
+    ):
+        assert tokenizer.decode(encode_prompt(tokenizer, "Q?")) == text
+        assert stop_ids(model, tokenizer) == stop
+
+
+@pytest.mark.parametrize("decoder, drafts", [
+    ("sample@0.1", [1]), ("self-consistency", [4]), ("em-inf+refine", [1, 1, 1]),
+])
+def test_decoders_spend_what_they_say(decoder, drafts, tiny, monkeypatch):
+    model, tokenizer = tiny
+    calls = []
+
+    def record(model, prompts, *args, n=1, **settings):
+        result = ev.generate(model, prompts, *args, n=n, **settings)
+        calls.append((n, prompts, result[0]))
+        return result
+
+    monkeypatch.setattr(em_inf, "generate", record)
+    problems = [p for p in ev.load_problems(DATA)[:3] for _ in range(2)]
+    head, state = output_head(model, [1, 2]), torch.get_rng_state()
+    samples = em_inf.decode_and_grade(model, tokenizer, head, problems, decoder, 24)
+    tokens = sum(n * len(sum(p, [])) + len(sum(r, [])) for n, p, r in calls)
+    assert [call[0] for call in calls] == drafts
+    assert sum(s["flops"] for s in samples) == 2 * model.num_parameters() * tokens
+    n, prompts, responses = calls[-1]
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    votes = ev.votes(texts[:n])  # the majority's first
+    assert samples[0]["response"] == texts[votes.index(max(votes))]
+    if n < len(calls):
+        earlier = tokenizer.decode(calls[-2][2][0], skip_special_tokens=True)
+        assert earlier in tokenizer.decode(prompts[0])
+    if decoder == "sample@0.1":  # eval.py's from one prefill for two; scored at T = 1
+        evaluated = ev.evaluate(model, tokenizer, head, problems[::2], 0.1, 24, n=2)
+        for a, b in zip(samples, evaluated):
+            assert a | {"seconds": 0} == b | {"seconds": 0}
+        assert len(b) == 13 and all(key in ev.graded.__doc__ for key in b)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_decoder_names():
+    assert em_inf.parse_decoder("em-inf+greedy", 0.8) == ("em-inf", "greedy", 0)
+    assert em_inf.parse_decoder("em-inf", 0.8) == ("em-inf", "sample", 0.8)
+
+
+SETTINGS = "--limit 9 --seeds 2 --n 2 --rollout-batch 8 --device cpu --out".split()
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory):
+    """A finished evaluation, in use, and other things."""
+    room = tmp_path_factory.mktemp("room")
+    ev.main(SETTINGS + [str(room / "whole")])
+    (room / "empty").mkdir()
+    (room / "run").mkdir()
+    (room / "run/config.json").write_text('{"script": "em_rl.py"}')
+    (room / "run/samples.jsonl").write_text('{"step": 1, "response": "a"}')
+    (room / "code.jsonl").write_text('{"prompt": "a", "tests": "assert f() == 1"}')
+    with open(room / "whole/lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield room
+
+
+def found(folder):
+    """All that an evaluation says, but seconds."""
+    text = json.dumps(read_samples(folder)) + (folder / "results.json").read_text()
+    return re.sub(r'"seconds": [\d.e-]+', "", text)
+
+
+def test_an_evaluation_goes_on_and_its_samples_give_the_table(room, tmp_path, monkeypatch, capsys):
+    cut, evaluate, calls = tmp_path / "cut", ev.evaluate, []
+
+    def interrupted(*args, **settings):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return evaluate(*args, **settings)
+
+    monkeypatch.setattr(ev, "evaluate", interrupted)
+    with pytest.raises(SystemExit, match=f"--resume {cut}"):
+        ev.main(SETTINGS + [str(cut)])
+    path = cut / "samples.jsonl"
+    path.write_text(path.read_text()[:-30])  # killed while it wrote a line
+    ev.main(["--resume", str(cut)])
+    assert len(calls) == 4 + 8 - 2  # the job with half a line is done again
+    assert found(cut) == found(room / "whole")
+    table = capsys.readouterr().out
+    path.write_text(path.read_text().replace('"correct": true', '"correct": false'))
+    ev.main(["--regrade", str(cut)])
+    assert capsys.readouterr().out.strip() in table
+
+
+def test_data_of_one_stem_stay_apart_and_each_has_its_diagnosis(tmp_path, capsys):
+    other = tmp_path / "test.jsonl"
+    other.write_text(DATA.read_text().split("\n", 200)[200])
+    argv = f"--diagnose --data {DATA},{other} --limit 150 --n 4 --out {tmp_path}/c --device cpu"
+    ev.main(argv.split())
+    said = capsys.readouterr().out
+    first, second = re.findall(r"test.jsonl sample:\ngreedy ([\d.]+)%", said)
+    assert first != second and said.count("likely helps") == 4
+
+
+EVAL = """--limit 0
+--n 0
+--max-new-tokens 0
+--decode foo: foo em_inf.py
+--decode sample@0: --decode 0
+--decode sample@nan: --decode nan
+--decode greedy,greedy: greedy twice
+--device bogus
+--model nowhere: nowhere
+--data code.jsonl: code.jsonl --allow-code-execution
+--out whole: whole --resume
+--resume run: run em_rl.py
+--resume whole: another process
+--resume whole --limit 5: limit 9 5
+--resume whole --n 3: n 2 3
+--resume whole --model other: model other
+--compare whole run: run eval.py
+--compare empty whole: empty samples.jsonl""".split("\n")
+EM_INF = """--decode beam@1
+--limit 1 --lr 1e30: nan lr
+--kl-weight inf
+--seeds 0""".split("\n")
+FAULTS = """--decode greedy,greedy: twice
+--delta 1e300
+--limit 1 --temperature 1e-300""".split("\n")  # not refused yet
+
+
+@pytest.mark.parametrize("line", EVAL + EM_INF + FAULTS)
+def test_bad_input_is_one_line_and_leaves_nothing(line, room, monkeypatch, capsys, request):
+    if line in FAULTS:
+        request.applymarker(pytest.mark.xfail(strict=True))
+    monkeypatch.chdir(room)
+    before = [*room.rglob("*")]
+    argv, _, words = line.partition(": ")
+    main = ev.main if line in EVAL else em_inf.main
+    with pytest.raises(SystemExit) as error:
+        main(argv.split())
+    said = error.value.code
+    if said == 2:  # argparse wrote it
+        said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "\n" not in said
+    assert all(word in said for word in (words or line).split())
+    assert before == [*room.rglob("*")]
+
+
+
+ROOMS = "tasks entropy eval training em_inf em_ft em_rl".split()
+
+
+def test_imports_go_one_way_and_one_process_is_known():
+    graph = {}
+    for path in [*ROOT.glob("e*.py"), *ROOT.glob("tasks/*.py"), *ROOT.glob("training/*.py")]:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        own, text = module.partition(".")[0], path.read_text()
+        tree, graph[module] = ast.parse(text), set()
+        assert not re.search("RANK|WORLD|torchrun", text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                _, source, *names = ast.unparse(node).replace(",", "").split()
+                room = source.partition(".")[0]
+                if room in ROOMS:
+                    assert node in tree.body and ROOMS.index(room) <= ROOMS.index(own)
+                    graph[module] |= {source} | {f"{source}.{name}" for name in names}
+    graphlib.TopologicalSorter(graph).prepare()
+    assert {name.partition(".")[0] for name in graph["em_rl"]} == {"entropy", "eval", "training"}

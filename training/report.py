@@ -1,0 +1,77 @@
+"""
+The end of a run, for people: a table, three problems before and after, and a figure.
+"""
+import json
+from pathlib import Path
+
+from tasks.files import read_jsonl, replace_file
+
+
+def summarize(folder, rows, keep_best):
+    """Print base, peak and final held-out accuracy and three problems; write result.json."""
+    measured = [row for row in rows if "val_greedy" in row]
+    result = {}
+    if measured:
+        peak = max(measured, key=lambda row: (row["val_greedy"], row["step"]))
+        which = {"base": measured[0], "peak": peak, "final": measured[-1]}
+        print("\n| held out | step | greedy | T = 1 |\n|---|---|---|---|")
+        for name, row in which.items():
+            result[name] = {key: row[key] for key in ("step", "val_greedy", "val_sampled")}
+            shares = f"{row['val_greedy']:.1%} | {row['val_sampled']:.1%}"
+            print(f"| {name} | {row['step']} | {shares} |")
+        print("\nNo label picked the final model: it is the last one. The peak is known only "
+              "through labels.")
+        show_samples(folder, measured[-1]["step"])
+    replace_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    print(f"\nmodel: {folder / 'checkpoint'}, figure: {folder / 'plot.png'}")
+    if keep_best:
+        best = folder / "best" if (folder / "best").exists() else "the base model"
+        print(f"best on the held-out set, as labels say: {best}")
+
+
+def show_samples(folder, last_step):
+    """Print three held-out problems, those first whose answer has become right or wrong."""
+    samples = [s for s in read_jsonl(folder / "samples.jsonl") if s["set"] == "held out"]
+    before = [sample for sample in samples if sample["step"] == 0]
+    after = [sample for sample in samples if sample["step"] == last_step]
+    pairs = sorted(zip(before, after), key=lambda pair: pair[0]["correct"] == pair[1]["correct"])
+    for base, trained in pairs[:3]:
+        print(f"\n{base['prompt']}")
+        for name, sample in (("base", base), ("trained", trained)):
+            verdict = "right" if sample["correct"] else "wrong"
+            print(f"  {name:8} {verdict}  {sample['response']}")
+
+
+def plot(rows, folder):
+    """Entropy, held-out accuracy and length against steps: plot.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+
+    def line(axis, key, **style):
+        measured = [row for row in rows if key in row]
+        steps = [row["step"] for row in measured]
+        axis.plot(steps, [row[key] for row in measured], **style)
+
+    left, middle, right = axes
+    line(left, "entropy", color="C0")
+    left.set(title="Entropy of its own samples", ylabel="nats per token", ylim=(0, None))
+    line(middle, "val_greedy", color="C2", marker="o", label="greedy")
+    line(middle, "val_sampled", color="C1", marker="s", linestyle="--", label="T = 1")
+    middle.set(title="Held-out accuracy", ylabel="share right", ylim=(0, 1.02))
+    if any("val_greedy" in row for row in rows):
+        middle.legend(frameon=False, loc="lower right")
+    line(right, "length", color="C4")
+    right.set(title="Response length", ylabel="tokens", ylim=(0, None))
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    config = json.loads((folder / "config.json").read_text())
+    what = config.get("reward") or config["loss"]
+    figure.suptitle(f"{Path(config['model']).name}, {what}", fontsize=10)
+    figure.savefig(folder / "plot.png", dpi=130)
+    plt.close(figure)

@@ -1,0 +1,400 @@
+"""
+What a training run leaves behind, and how it is taken up again.
+
+    runs/NAME/config.json      every setting
+              metrics.csv      one row a step; row 0 is the base model
+              samples.jsonl    responses, to read
+              plot.png         entropy, accuracy and length against steps
+              checkpoint/      the latest model, an ordinary Hugging Face folder, and state.pt,
+                               what --resume needs besides
+              best/            with --keep-best: the model of the best held-out greedy accuracy
+              result.json      base, peak and final accuracy; it says that the run has ended
+
+The columns of metrics.csv, empty where a step did not measure something:
+
+    entropy            nats a token, mean over the step's response tokens, before the update
+    reward, reward_std em_rl.py: mean over responses; standard deviation within a prompt's N
+                       responses, mean over prompts
+    length, truncated  response tokens, eos included; share of responses that reached
+                       --max-new-tokens without one
+    kl                 nats a token, k3 estimate of KL(policy || initial model); 0 with --beta 0
+    grad_norm          before clipping
+    changed            share of the float32 weights that the step's last update changed
+    tokens, flops      response tokens; FLOPs by the paper's count: parameters x tokens (the
+                       prompts' too) x 2 to sample, 6 to train, 2 for the reference
+    seconds, tokens_per_second     of the step without evaluation
+    val_greedy, val_sampled        held-out accuracy, greedy and at T = 1
+    val_entropy        nats a token of the held-out responses at T = 1
+    val_length, val_truncated      of the greedy responses
+"""
+import argparse
+import csv
+import functools
+import inspect
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from entropy import score_all
+from eval import evaluate, generate, load_gradable
+from tasks.files import append_jsonl, lock, read_config, read_jsonl, replace_file
+from tasks.prompts import encode_prompt, stop_ids
+from tasks.scores import summary
+
+COLUMNS = (
+    "step entropy reward reward_std length truncated kl grad_norm changed tokens flops "
+    "seconds tokens_per_second val_greedy val_sampled val_entropy val_length val_truncated"
+).split()
+
+# ------------------------------------------------------------------- starting and resuming
+
+
+def parse_args(parser, argv, tiny, script):
+    """The settings of a run: flags first, then those of the run that is resumed or, without
+    --model, those of `tiny`, then the defaults."""
+    args = parser.parse_args(argv)
+    saved = {}
+    if args.resume:
+        if args.out:
+            parser.error(f"--out {args.out}: --resume {args.resume} goes on in its own folder")
+        try:
+            saved = read_config(args.resume, script)
+            checkpoint_of(args.resume)
+        except (OSError, ValueError) as error:
+            parser.error(f"--resume {error}")
+    elif args.model is None:
+        saved = tiny
+    return parser.parse_args(argv, argparse.Namespace(**saved))
+
+
+def prepare(problems, tokenizer, label, args):
+    """The training prompts: dicts of "prompt", its "ids", and `label` if there is one to be
+    learned from. Raises ValueError where labels are missing, or too few prompts are short
+    enough for a step."""
+    prepared = []
+    for problem in problems:
+        if label and label not in problem:
+            raise ValueError(f"--data {args.data}: {problem['id']} has no {label!r} to learn from")
+        ids = encode_prompt(tokenizer, problem["prompt"])
+        if len(ids) <= args.max_prompt_tokens:
+            kept = {"prompt": problem["prompt"], "ids": ids}
+            if label:
+                kept[label] = problem[label]
+            prepared.append(kept)
+    if len(prepared) < args.prompts:
+        raise ValueError(f"--prompts {args.prompts}: {args.data} has only {len(prepared)} of at "
+                         f"most {args.max_prompt_tokens} tokens")
+    return prepared
+
+
+def load_held_out(args):
+    """The held-out problems: [] for --val none, and where the default can't be had."""
+    if args.val == "none":
+        return []
+    try:
+        return load_gradable(args.val, args.val_size, allow_code=False)
+    except FileNotFoundError as error:
+        if args.val != "math500":
+            raise
+        print(f"no held-out set: {error}")
+        return []
+
+
+def checkpoint_activations(model):
+    """Keep only a layer's input for the backward, which computes the rest again."""
+    name = "activation_checkpointing_enable"  # what late transformers 5 calls it
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+
+
+def announce(args, model, tokenizer, head, train, val, flops, folder):
+    """Print what follows from the settings, before work starts. `flops` are those of a token."""
+    sequences = args.prompts * args.rollouts
+    longest = max(len(problem["ids"]) for problem in train) + args.max_new_tokens
+    template = "in the chat template" if tokenizer.chat_template else "plain: no chat template"
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(f"model: {args.model}, {model.num_parameters() / 1e6:,.1f} M parameters in {dtype} "
+          f"on {model.device}")
+    print(f"prompts: {len(train):,} of {args.data}, {template}")
+    print(f"held out: {len(val)} problems of {args.val}")
+    print(f"a step: {args.prompts} prompts x {args.rollouts} rollouts = {sequences} sequences of "
+          f"at most {longest:,} tokens, at most {flops * sequences * longest:.2g} FLOPs; "
+          f"{args.steps} steps")
+    some = [problem["ids"] for problem in train[:8]]
+    gap = sampler_gap(model, head, some, stop_ids(model, tokenizer), args)
+    print(f"sampler and trainer differ by {gap:.1g} nats a token")
+    print(f"results: {folder}", flush=True)
+
+
+def sampler_gap(model, head, prompts, stop, args):
+    """Mean |difference| in nats between the log-probs that the sampler and the trainer give to
+    drawn tokens: rounding in float32, some hundredths in bfloat16, a bug where it is more."""
+    tokens = min(args.max_new_tokens, 64)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        responses, _, sampled = generate(model, prompts, stop, tokens, args.temperature)
+    _, scored, mask = score_all(model, head, prompts, responses, args.temperature)
+    return (sampled - scored)[mask].abs().mean().item()
+
+
+def new_folder(args, script):
+    """Make and lock the run's folder: --resume's, --out, or a new one in runs/.
+
+    Writes config.json. Raises FileExistsError rather than overwrite a run, and OSError where
+    another process is at work in the folder.
+    """
+    if args.resume:
+        folder = Path(args.resume)
+    else:
+        stem = f"runs/{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder, n = Path(args.out or stem), 2
+        while not args.out and folder.exists():
+            folder, n = Path(f"{stem}-{n}"), n + 1
+        refuse_to_overwrite(folder, script)
+        folder.mkdir(parents=True, exist_ok=True)
+        args.lock = lock(folder)  # held as long as the settings are
+    settings = {"script": script}
+    settings |= {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
+    (folder / "result.json").unlink(missing_ok=True)  # a finished run that is taken further
+    replace_file(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+    return folder
+
+
+NOT_SAVED = ("resume", "out", "lock", "script")
+
+
+def refuse_to_overwrite(folder, script):
+    """FileExistsError where the folder holds a run, with what can be done instead."""
+    if not (folder / "config.json").exists():
+        return
+    way_out = f"go on with it by --resume {folder}, or give another --out"
+    if read_config(folder)["script"] != script:
+        way_out = "another script's results are there; give another --out"
+    elif not list(folder.glob("checkpoint*/state.pt")):
+        way_out = "it ended before its first checkpoint; remove it, or give another --out"
+    raise FileExistsError(f"{folder} is in use: {way_out}")
+
+
+def checkpoint_of(folder):
+    """The folder that --resume loads. FileNotFoundError where a run has saved none."""
+    for name in ("checkpoint", "checkpoint.old"):  # .old: killed between two renames
+        if (Path(folder) / name / "state.pt").exists():
+            return Path(folder) / name
+    raise FileNotFoundError(
+        f"{folder}: no checkpoint/state.pt in it, so there is nothing to resume; start again "
+        "with another --out"
+    )
+
+
+def restore(args, optimizer):
+    """Put the optimiser back as it was after the checkpoint's step, and forget what was logged
+    later: (step, rows). Raises ValueError for a damaged file."""
+    if not args.resume:
+        return 0, []
+    folder = Path(args.resume)
+    args.lock = lock(folder)  # held as long as the settings are
+    path = checkpoint_of(folder) / "state.pt"
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path}: damaged ({reason}); start again with another --out") from None
+    rows = [row for row in read_rows(folder / "metrics.csv") if row["step"] <= step]
+    if [row["step"] for row in rows] != list(range(step + 1)):
+        raise ValueError(f"{folder}/metrics.csv: rows are missing before step {step}, the "
+                         "checkpoint's; it was damaged, so start again with another --out")
+    if args.steps <= step:
+        raise ValueError(f"--steps {args.steps}: the run is at step {step}; ask for more")
+    samples = [s for s in read_jsonl(folder / "samples.jsonl") if s["step"] <= step]
+    lines = [json.dumps(sample) + "\n" for sample in samples]
+    replace_file(folder / "samples.jsonl", "".join(lines))
+    return step, rows
+
+
+# -------------------------------------------------------------------------------- writing
+
+
+def write_rows(path, rows):
+    """Rows (dicts of COLUMNS) as a CSV file, replaced in one go."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue())
+
+
+def read_rows(path):
+    """The rows of such a file, as dicts of numbers without what a step did not measure."""
+    rows = []
+    try:
+        for line in csv.DictReader(io.StringIO(path.read_text())):
+            row = {key: float(value) for key, value in line.items() if value}
+            rows.append(row | {"step": int(row["step"])})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a run's metrics ({error!r})") from None
+    return rows
+
+
+def save_model(folder, model, tokenizer, state=None):
+    """Write an ordinary Hugging Face folder, and perhaps state.pt in it.
+
+    A kill at any moment leaves the old folder or the new one. Raises OSError where the disk
+    is full; the old folder is whole then.
+    """
+    new = folder.with_name(folder.name + ".new")
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(new, ignore_errors=True)
+    transformers.logging.disable_progress_bar()  # saving takes no time worth a bar
+    try:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        if state is not None:
+            torch.save(state, new / "state.pt")
+    except Exception as error:  # torch and safetensors say it in ways of their own
+        shutil.rmtree(new, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 1e6
+        raise OSError(f"{folder} could not be written ({error}); {free:,.0f} MB are free there, "
+                      "and the version before, if any, is whole") from error
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def log(row, logger=None):
+    """Print a step's row on one greppable line, and send it to Weights & Biases if asked."""
+    cells = [f"{key} {row[key]:.4g}" for key in COLUMNS if key in row]
+    print(" | ".join(cells), flush=True)
+    if logger:
+        logger.log(row, step=row["step"])
+
+
+def log_sample(step, prompt, response, folder):
+    """Print a sampled response, and add it to samples.jsonl."""
+    sample = {"step": step, "set": "rollout", "prompt": prompt, "response": response}
+    print(f"  {sample}", flush=True)
+    append_jsonl(folder / "samples.jsonl", [sample])
+
+
+def is_best(rows):
+    """Has the last row the best held-out greedy accuracy of all?"""
+    best = max((row.get("val_greedy", -1.0) for row in rows), default=None)
+    return rows[-1].get("val_greedy") == best
+
+
+def evaluate_held_out(step, model, tokenizer, head, problems, args, folder):
+    """Greedy and T = 1 accuracy on the held-out problems: the val_ columns ({} without any).
+
+    They are printed, and the first twelve greedy responses go to samples.jsonl.
+    """
+    if not problems:
+        return {}
+    greedy, sampled = (
+        evaluate(
+            model, tokenizer, head, problems, temperature, args.max_new_tokens,
+            seed=args.seed, rows=args.rollout_batch, desc="held out",
+        )
+        for temperature in (0, 1)
+    )
+    lines = []
+    for problem, sample in list(zip(problems, greedy))[:12]:
+        keep = {"response": sample["response"], "correct": sample["correct"]}
+        lines.append({"step": step, "set": "held out", "prompt": problem["prompt"]} | keep)
+    append_jsonl(folder / "samples.jsonl", lines)
+    greedy, sampled = summary(greedy), summary(sampled)
+    print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} "
+          f"[{greedy['low']:.1%}, {greedy['high']:.1%}] | T = 1 {sampled['accuracy']:.1%}",
+          flush=True)
+    return {
+        "val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"],
+        "val_entropy": sampled["entropy"], "val_length": greedy["length"],
+        "val_truncated": greedy["truncated"],
+    }
+
+
+# ------------------------------------------------------------------- stopping, and the guard
+
+
+class StopSignal:
+    """From its making on, Ctrl-C and SIGTERM only set `asked`, for the loop to look at. The
+    second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        name = signal.Signals(number).name
+        message = f"\n{name}: this step is finished and saved first; once more stops at once\n"
+        os.write(2, message.encode())  # print may be in the middle of another line
+
+
+def command(main):
+    """A decorator for a script's main: what can go wrong in the middle of a run ends it with
+    one line, and the handlers of signals are afterwards what they were before."""
+
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        name = Path(inspect.getfile(main)).name
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for stream in (sys.stdout, sys.stderr):  # a terminal may not have every character
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            main(argv)
+        except torch.OutOfMemoryError as error:
+            sys.exit(f"{name}: out of memory: {error}\nless is needed with a smaller --budget, "
+                     "--rollout-batch or --max-new-tokens, with --offload, or with --beta 0")
+        except FloatingPointError as error:
+            sys.exit(f"{name}: {error}; the run's checkpoint, if any, is from before that. A "
+                     "lower --lr may help, or --dtype float32")
+        except OSError as error:
+            sys.exit(f"{name}: {error}; --resume goes on from the last checkpoint, if any")
+        except KeyboardInterrupt:
+            sys.exit(f"{name}: stopped at once; the last checkpoint, if any, is as it was")
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    return wrapper
+
+
+def collapsed(rows, factor, window=3):
+    """Why a run has collapsed, judged without labels from its metrics rows, or None.
+
+    Means over the last `window` steps against the first `window`: length grown or shrunk
+    `factor`-fold, entropy grown `factor`-fold, 30 points more responses truncated, or entropy
+    under 1e-4 nats, where nothing is sampled any more. A factor of 0 turns it off.
+    """
+    rows = [row for row in rows if row["step"] > 0]
+    if not factor or len(rows) < 2 * window:
+        return None
+    first, last = {}, {}
+    for key in ("length", "entropy", "truncated"):
+        first[key] = sum(row[key] for row in rows[:window]) / window
+        last[key] = sum(row[key] for row in rows[-window:]) / window
+    if not first["length"] / factor <= last["length"] <= first["length"] * factor:
+        return f"responses went from {first['length']:.1f} to {last['length']:.1f} tokens"
+    if not last["entropy"] <= first["entropy"] * factor:
+        return f"entropy rose from {first['entropy']:.3g} to {last['entropy']:.3g} nats a token"
+    if not last["truncated"] <= first["truncated"] + 0.3:
+        return f"truncated responses rose from {first['truncated']:.0%} to {last['truncated']:.0%}"
+    if last["entropy"] < 1e-4:
+        return f"entropy is {last['entropy']:.1g} nats a token: every response is the same"
+    return None
