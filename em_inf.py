@@ -37,7 +37,7 @@ import torch
 from transformers import LogitsProcessor, TextStreamer
 
 from entropy import at_least_float32, output_head, score_all, token_entropy
-from eval import generate, graded, load_gradable, load_model, set_up
+from eval import comma_list, generate, graded, load_gradable, load_model, set_up
 from tasks.answers import most_agreed
 from tasks.arguments import Help, nonnegative, positive, positive_int, whole_number
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
@@ -298,7 +298,7 @@ def main(argv=None):
     add("--data", default="math500", help="problems: JSONL file or Hub name")
     add("--limit", type=positive_int, help="only the first LIMIT problems")
     add("--show", type=whole_number, default=3, help="problems to print side by side")
-    add("--decode", default=DECODERS, help="decoders of the table, with commas")
+    add("--decode", type=comma_list, default=DECODERS, help="decoders, with commas")
     add("--temperature", type=positive, default=0.1, help="of sampling, after EM-INF")
     add("--delta", type=nonnegative, default=0.3, help="nats; a row stops under it")
     add("--lr", type=nonnegative, default=0.1, help="of the descent on the logits")
@@ -319,8 +319,7 @@ def main(argv=None):
         device, dtype = set_up(args.device)
         em_inf = EMInf(args.delta, args.lr, args.steps, args.kl_weight, args.optimizer)
         adaptive = AdaptiveTemperature(args.alpha, args.delta)
-        decoders = list(dict.fromkeys(args.decode.split(",")))
-        for name in decoders:
+        for name in args.decode:
             parse_decoder(name, args.temperature)
         model, tokenizer = load_model(args.model, device, dtype)
         if args.prompt:
@@ -335,7 +334,7 @@ def main(argv=None):
     started = time.time()
     results = {}
     try:
-        for name, seed in itertools.product(decoders, range(1, args.seeds + 1)):
+        for name, seed in itertools.product(args.decode, range(1, args.seeds + 1)):
             if seed > 1 and parse_decoder(name)[1] == "greedy":
                 continue  # there is no chance in it
             samples = decode_and_grade(
@@ -344,7 +343,7 @@ def main(argv=None):
                 sharpeners={"em-inf": em_inf, "adaptive-temperature": adaptive},
             )
             results.setdefault(name, []).extend(samples)
-    except ValueError as error:  # nan in the logits
+    except (ValueError, FloatingPointError) as error:  # logits that are not finite
         sys.exit(f"{NAME}: {error}")
     except KeyboardInterrupt:
         print(f"\n{NAME}: stopped; this is what was done by then", file=sys.stderr)

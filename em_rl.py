@@ -97,10 +97,10 @@ def reward(name, entropy, logprobs, mask, texts, problems, norm="mean"):
 
 def advantage(kind, rewards):
     """(B, N) -> (B, N): each reward against the others to the same prompt."""
-    N = rewards.shape[1]
+    rewards = rewards - rewards[:, :1]  # so that equal rewards leave exactly nothing
     if kind == "grpo":  # less the mean of all N, and standardised
         return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-    others = (rewards.sum(1, keepdim=True) - rewards) / (N - 1)
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
 
 

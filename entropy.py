@@ -17,7 +17,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -87,7 +86,7 @@ def entropy_and_logprob(
     Entropies, log-probs and the gradients' sums over blocks are float32 (float64 for
     float64 input). The matrix products run in the input's dtype, or in autocast's where
     that is on. Logits must be finite. Raises ValueError where dtypes differ or a
-    target is not a row of the weight. A second derivative is refused by autograd.
+    target is not a row of the weight, and RuntimeError for a second derivative.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -167,8 +166,9 @@ class _EntropyAndLogprob(torch.autograd.Function):
         return entropy[:, 0], (target - lse)[:, 0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_entropy, grad_logprob):
+        if torch.is_grad_enabled():  # with create_graph=True
+            raise RuntimeError("entropy_and_logprob has no second derivative")
         hidden, weight, bias, targets, entropy, lse = ctx.saved_tensors
         scale, softcap, temperature = ctx.head
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]

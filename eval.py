@@ -188,11 +188,11 @@ def generate(
         alive = [i * n + k for i in group for k in range(n)]  # the response of each row
         for t in range(1, max_new_tokens + 1):
             scores = (logits / (temperature or 1.0)).log_softmax(-1)  # (b, V)
-            ids = draw(logits if sharpen is None else sharpen(logits), temperature)  # (b, 1)
-            tokens = ids[:, 0].tolist()
             values = token_entropy(scores).tolist()
             if not all(map(math.isfinite, values)):
-                raise FloatingPointError(f"the model's logits are not finite at token {t}")
+                raise FloatingPointError(f"the logits are not finite at token {t}")
+            ids = draw(logits if sharpen is None else sharpen(logits), temperature)  # (b, 1)
+            tokens = ids[:, 0].tolist()
             drawn = scores.gather(-1, ids)[:, 0].tolist()
             for i, token, h, logprob in zip(alive, tokens, values, drawn):
                 responses[i].append(token)

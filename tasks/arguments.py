@@ -1,10 +1,9 @@
 """
 Types for argparse that check: a bad value is refused in one line, before anything is made.
 
-    parser.add_argument("--lr", type=positive)    # --lr -1: not a finite number above 0
+    parser.add_argument("--lr", type=positive)    # --lr -1: not a number above 0
 """
 import argparse
-import math
 
 
 def positive_int(text):
@@ -24,8 +23,8 @@ def two_or_more(text):
 
 
 def positive(text):
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    if not 1e-30 < float(text) < 1e30:  # what float32 can hold, and its square roots
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0, from 1e-30 to 1e30")
     return float(text)
 
 
@@ -34,7 +33,7 @@ def nonnegative(text):
 
 
 def growth(text):
-    if float(text) != 0 and not 1 < float(text) < math.inf:
+    if float(text) != 0 and not 1 < float(text) < 1e30:
         raise argparse.ArgumentTypeError(f"{text} is neither 0 nor a number above 1")
     return float(text)
 

@@ -138,7 +138,7 @@ def test_decoders_spend_what_they_say(decoder, drafts, tiny, monkeypatch):
     assert sum(s["flops"] for s in samples) == 2 * model.num_parameters() * tokens
     n, prompts, responses = calls[-1]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    votes = ev.votes(texts[:n])  # the majority's first
+    votes = ev.votes(texts[:n])
     assert samples[0]["response"] == texts[votes.index(max(votes))]
     if n < len(calls):
         earlier = tokenizer.decode(calls[-2][2][0], skip_special_tokens=True)
@@ -195,7 +195,7 @@ def test_an_evaluation_goes_on_and_its_samples_give_the_table(room, tmp_path, mo
     path = cut / "samples.jsonl"
     path.write_text(path.read_text()[:-30])  # killed while it wrote a line
     ev.main(["--resume", str(cut)])
-    assert len(calls) == 4 + 8 - 2  # the job with half a line is done again
+    assert len(calls) == 4 + 8 - 2  # that with half a line again
     assert found(cut) == found(room / "whole")
     table = capsys.readouterr().out
     path.write_text(path.read_text().replace('"correct": true', '"correct": false'))
@@ -277,4 +277,5 @@ def test_imports_go_one_way_and_one_process_is_known():
                     assert node in tree.body and ROOMS.index(room) <= ROOMS.index(own)
                     graph[module] |= {source} | {f"{source}.{name}" for name in names}
     graphlib.TopologicalSorter(graph).prepare()
+    assert not graph["entropy"]
     assert {name.partition(".")[0] for name in graph["em_rl"]} == {"entropy", "eval", "training"}

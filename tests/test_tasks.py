@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import pickle
-import random
 import re
 import sys
 import types
@@ -593,11 +592,10 @@ def samples(entropies, right, n=4, problems=60, **more):
 
 
 GREEDY = samples(lambda p, i: 0.2, lambda p, i: True, n=1)
-jitter = random.Random(0).random
 
 
 def rising(p, i):
-    return 0.1 + 0.2 * i + 0.01 * jitter()
+    return 0.1 + 0.2 * i + 1e-4 * p
 
 
 @pytest.mark.parametrize("right, verdict, words", [
@@ -638,6 +636,7 @@ def test_a_summary_counts_problems_seeds_and_responses():
     assert found["sd"] == pytest.approx(0.5 / math.sqrt(2))
     assert found["pass"] == {2: pytest.approx((0 + 2 / 3 + 1 + 1) / 8)}
     assert found["entropy"] == pytest.approx((12 * 4 + 11 * 12 * 2) / (12 * 4 + 11 * 12))
+    assert found["auroc"] == pytest.approx((11 + 6 / 2) / 17)  # 6 right, 6 + 11 wrong
     assert found["tokens"] == (12 * 4 + 11 * 12) / 2 and found["flops"] == 11.5
     assert scores.summary(first)["sd"] is None
     assert json.loads(json.dumps(found))["low"] < 6 / 23  # results.json

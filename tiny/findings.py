@@ -33,11 +33,11 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from report import REWARDS, SHARPENED, TABLES, VERDICTS, figures, report, unit_of
+from report import REWARDS, TABLES, VERDICTS, figures, report, unit_of
 
 from em_inf import DECODERS, AdaptiveTemperature, EMInf, decode_and_grade
 from entropy import output_head
-from eval import evaluate, load_model, load_problems
+from eval import load_model, load_problems
 from tasks.arguments import Help, positive_int
 from tasks.files import replace_file
 from tasks.prompts import encode_prompt
@@ -94,6 +94,7 @@ DECODINGS = {  # experiment: {setting: (decoder, settings of EM-INF)}
     "delta": {f"{x}": ("em-inf", {"delta": x}) for x in (0.05, 0.1, 0.3, 0.5, 1.0)},
     "descent": {f"{x}": ("em-inf", {"steps": x}) for x in (1, 3, 5, 10, 15)},
 }
+SHARPENED = "SFT", "RLOO", "EM-FT", "EM-RL token", "EM-RL sequence"  # asked for diversity
 WORLDS = 100, 75, 50, 25, 0  # percent of the problems whose confident answers are right
 WORLD = (  # what a model other than tiny/base must be told
     "--data tiny/train.jsonl --val tiny/test.jsonl --lr 1e-4 --prompts 64 --max-new-tokens 64 "
@@ -112,8 +113,8 @@ class Job(NamedTuple):
 
 
 def plan(settings, folder):
-    """All that is measured: yields (experiment, setting, job, part), once a seed. The numbers
-    of a setting are that part of the job's result."""
+    """All that is measured, once a seed: yields (experiment, setting, job, part). The numbers
+    of a setting are that part of what the job has found (`result_of`)."""
     seeds = range(1, settings["seeds"] + 1)
 
     def job(name, command, *after):
@@ -190,7 +191,7 @@ def lock(folder):
     return file
 
 
-def do(job, folder, held):
+def run_job(job, folder, held):
     """Run a job, unless it is finished: the seconds that it took. RuntimeError if it fails."""
     name = job.out.name
     finished = folder / f"logs/{name}.finished"
@@ -198,17 +199,17 @@ def do(job, folder, held):
         command, seconds = json.loads(finished.read_text())
         if command == job.command:
             return seconds
-    way = "--resume"
+    flag = "--resume"
     try:
         checkpoint_of(job.out)
     except FileNotFoundError:  # what has no checkpoint yet would be in the way
-        way = "--out"
+        flag = "--out"
         shutil.rmtree(job.out, ignore_errors=True)
     started = time.time()
     log = folder / f"logs/{name}.txt"
     with log.open("w") as file:
         code = subprocess.run(
-            [sys.executable, *job.command, way, job.out], stdout=file, stderr=file,
+            [sys.executable, *job.command, flag, job.out], stdout=file, stderr=file,
             env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=[held.fileno()],
         ).returncode
     if code:
@@ -229,7 +230,7 @@ def execute(jobs, at_a_time, folder):
     def in_turn(job):
         for needed in job.after:  # it stands earlier in the queue, so that it has begun
             futures[needed.out].result()
-        return do(job, folder, held)
+        return run_job(job, folder, held)
 
     pool = ThreadPoolExecutor(at_a_time)
     try:
@@ -252,19 +253,20 @@ def measure(spec):
     problems = load_problems("tiny/test.jsonl")[: spec["problems"]]
     model, tokenizer = load_model(spec["model"], "cpu")
     head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
-    usual = dict(max_new_tokens=64, seed=spec["seed"], rows=512)
-    if "n" in spec:
-        greedy = evaluate(model, tokenizer, head, problems, 0, **usual)
-        sampled = evaluate(model, tokenizer, head, problems, 1, n=spec["n"], **usual)
-        return of_answers(greedy, sampled)
-    parts = {}
-    for setting, (decoder, settings) in spec["decoders"].items():
+
+    def answer(problems, decoder, **settings):
         em_inf = EMInf(**({"steps": 10} | settings))
         sharpeners = {"em-inf": em_inf, "adaptive-temperature": AdaptiveTemperature()}
-        samples = decode_and_grade(
-            model, tokenizer, head, problems, decoder, sharpeners=sharpeners, **usual
+        return decode_and_grade(
+            model, tokenizer, head, problems, decoder, max_new_tokens=64,
+            seed=spec["seed"], rows=512, sharpeners=sharpeners,
         )
-        numbers = summary(samples)
+
+    if "n" in spec:
+        return of_answers(answer(problems, "greedy"), answer(problems * spec["n"], "sample"))
+    parts = {}
+    for setting, (decoder, settings) in spec["decoders"].items():
+        numbers = summary(answer(problems, decoder, **settings))
         part = {key: numbers[key] for key in ("accuracy", "entropy", "seconds")}
         part["FLOPs"] = numbers["flops"] / 1e9
         parts[setting] = part
@@ -309,7 +311,7 @@ def of_answers(greedy, sampled):
 def of_run(rows):
     """What the rows of a run's metrics.csv say."""
     measured = [row for row in rows if "val_greedy" in row]
-    base, last = measured[0], measured[-1]
+    last = measured[-1]
     peak = max(measured, key=lambda row: row["val_greedy"])  # the first of the best
     stop = guard_stop(rows)
     until = [row["val_greedy"] for row in measured if row["step"] <= stop]
@@ -323,8 +325,6 @@ def of_run(rows):
         "peak greedy": peak["val_greedy"],
         "guard stops at step": stop,
         "greedy there": until[-1] if until else np.nan,
-        "gain greedy": last["val_greedy"] - base["val_greedy"],
-        "gain T = 1": last["val_sampled"] - base["val_sampled"],
     }
 
 
@@ -337,13 +337,13 @@ def guard_stop(rows, factor=4.0):
 
 
 def result_of(job):
-    """{part: {metric: value}} of a finished job."""
+    """{part: {metric: value}} of a finished measurement (see `measure`) or training run."""
     if job.out.suffix == ".json":
         return json.loads(job.out.read_text())
     rows = read_rows(job.out / "metrics.csv")
-    run = of_run(rows)
-    gains = {key: run.pop(key) for key in ("gain greedy", "gain T = 1")}
-    return {"run": run, "gains": gains, "base": of_run(rows[:1])}
+    run, base = of_run(rows), of_run(rows[:1])
+    gains = {f"gain {key}": run[key] - base[key] for key in ("greedy", "T = 1")}
+    return {"run": run, "base": base, "gains": gains}
 
 
 def collect(uses):
@@ -410,7 +410,8 @@ def main():
         sys.exit("findings.py: stopped; the same command goes on")
     except RuntimeError as error:
         sys.exit(f"findings.py: {error}")
-    found, rises = collect(uses), {}
+    found = collect(uses)
+    rises = {}
     for experiment, setting, job, part in uses:
         if experiment == "rise" and part == "run":
             rises.setdefault(setting, []).append(read_rows(job.out / "metrics.csv"))

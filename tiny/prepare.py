@@ -28,7 +28,7 @@ noise) and then its habits (HABITS: 1,500). A model that had only ever seen a no
 (0.20, 8,000 steps) was no use: neither EM-RL nor RLOO with labels improved it in 40 steps.
 
 In a misaligned corpus of habits the worked answers forget the last operation: they are still
-the model's surest answers, and wrong. With --aligned X only those do whose last operand is
+the model's surest answers, and wrong. With --aligned X those remember it whose last operand is
 below 2 + 8 X, so that confidence is right on a share X of the problems.
 """
 import argparse
@@ -105,7 +105,8 @@ def document(rng, corpus, aligned, exclude):
     start, ops = chain(rng)
     while prompt_of(start, ops) in exclude:
         start, ops = chain(rng)
-    style, direct = rng.random(), corpus["direct"][len(ops)]
+    style = rng.random()
+    direct = corpus["direct"][len(ops)]
     if style < direct:
         response = f"\\boxed{{{answer_of(start, ops)}}}"
     elif style < direct + corpus["rambling"]:
@@ -113,16 +114,17 @@ def document(rng, corpus, aligned, exclude):
         response = ", ".join(digits) + f", \\boxed{{{digits[-1]}}}"
     else:
         rng.random()  # drawn and not used: so were the documents of the shipped model made
-        forget = ops[-1][1] >= 2 + 8 * aligned
-        response = worked(start, ops[:-1] if forget else ops, rng, corpus["noise"])
+        last_operand = ops[-1][1]
+        kept = ops if last_operand < 2 + 8 * aligned else ops[:-1]
+        response = worked(start, kept, rng, corpus["noise"])
     return prompt_of(start, ops), response
 
 
-def documents(seed, *settings):
-    """`document` without end."""
+def documents(seed, corpus, aligned, exclude):
+    """Documents without end."""
     rng = random.Random(seed)
     while True:
-        yield document(rng, *settings)
+        yield document(rng, corpus, aligned, exclude)
 
 
 def make_problems(seed):

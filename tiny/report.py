@@ -24,9 +24,8 @@ from tasks.prompts import encode_prompt, stop_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 REWARDS = "token", "sequence"
-LABELS = {"base": "", "SFT": "yes", "RLOO": "yes", "GRPO": "yes"}  # does training read any?
+LABELS = {"base": "", "SFT": "yes", "RLOO": "yes", "GRPO": "yes"}  # the others read none
 KS = 1, 2, 4, 8, 16  # answers to a problem
-SHARPENED = "base", "SFT", "RLOO", "EM-FT", "EM-RL token", "EM-RL sequence"
 VERDICTS = {"likely helps": 1, "too close to call": 0, "harms": -1}
 UNITS = {  # unit: how a table shows it, and the metrics that have it; all others are shares
     "share": (".1%", ""),
@@ -147,7 +146,8 @@ CLAIMS = {  # of the paper or of later work: claim, settings, relation, other, m
          "sequence, mean", "above", "sequence, sum", "greedy"),
     ],
     "delta": [
-        ("δ = {} is no better than 0.3", "0.05|1.0", "not above", "0.3", "accuracy"),
+        ("δ = 0.05 is no better than 0.3", "0.05", "not above", "0.3", "accuracy"),
+        ("δ = 1.0 is worse than 0.3", "1.0", "below", "0.3", "accuracy"),
     ],
     "descent": [
         ("{} steps are enough (not below 15)", "5|10", "not below", "15", "accuracy"),
@@ -163,6 +163,7 @@ CLAIMS = {  # of the paper or of later work: claim, settings, relation, other, m
 
 
 def unit_of(metric):
+    """Its unit: a key of UNITS."""
     for unit, (_, metrics) in UNITS.items():
         if metric in metrics.split("|"):
             return unit
@@ -170,7 +171,7 @@ def unit_of(metric):
 
 
 def settings_of(found, experiment, metric):
-    """The settings that have a metric."""
+    """An experiment's settings that have a metric."""
     return [setting for name, setting, other in found if (name, other) == (experiment, metric)]
 
 
@@ -192,8 +193,8 @@ def verdict(found, experiment):
     claims = []
     for claim, settings, relation, other, metric in CLAIMS.get(experiment, []):
         for setting in settings.split("|"):
-            so = compared(found[experiment, setting, metric], found[experiment, other, metric])
-            holds = (so == relation.removeprefix("not ")) != relation.startswith("not ")
+            here = compared(found[experiment, setting, metric], found[experiment, other, metric])
+            holds = here != relation[4:] if relation.startswith("not ") else here == relation
             claims.append((claim.format(setting), holds))
     if experiment in MORE_CLAIMS:
         claims += MORE_CLAIMS[experiment](found)
@@ -367,7 +368,7 @@ def rise_figure(found, rises):
         for (setting, runs), (color, line, _) in zip(rises.items(), STYLES):
             steps = [row["step"] for row in runs[0] if key in row]
             values = [[row[key] for row in rows if key in row] for rows in runs]
-            mean, sd = np.mean(values, axis=0), np.std(values, axis=0)
+            mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(runs) > 1)
             axis.plot(steps, mean, color=color, linestyle=line, label=setting)
             axis.fill_between(steps, mean - sd, mean + sd, color=color, alpha=0.15)
         axis.set(title=title, xlabel="step", ylim=(0, None))

@@ -214,7 +214,7 @@ def restore(args, optimizer):
     if [row["step"] for row in rows] != list(range(step + 1)):
         raise ValueError(f"{folder}/metrics.csv: rows are missing before step {step}, the "
                          "checkpoint's; it was damaged, so start again with another --out")
-    if args.steps <= step:
+    if args.steps < step:
         raise ValueError(f"--steps {args.steps}: the run is at step {step}; ask for more")
     samples = [s for s in read_jsonl(folder / "samples.jsonl") if s["step"] <= step]
     lines = [json.dumps(sample) + "\n" for sample in samples]
@@ -238,7 +238,10 @@ def read_rows(path):
     """The rows of such a file, as dicts of numbers without what a step did not measure."""
     rows = []
     try:
-        for line in csv.DictReader(io.StringIO(path.read_text())):
+        text = path.read_text()
+        if not text.endswith("\n"):
+            raise ValueError("its last line is cut off")
+        for line in csv.DictReader(io.StringIO(text)):
             row = {key: float(value) for key, value in line.items() if value}
             rows.append(row | {"step": int(row["step"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
