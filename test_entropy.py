@@ -452,8 +452,9 @@ def first_step(tmp_path, monkeypatch):
         monkeypatch.setattr(MasterAdamW, "step", spy)
         monkeypatch.setattr(script, "generate", sample)
         script.main((
-            f"--out {tmp_path}/run --device cpu --val none --prompts 4 --rollouts 3 --steps 1 --updates 2 "
-            f"--lr 1e-2 --budget 100 --max-new-tokens 28 --temperature {temperature} {flags}"
+            f"--out {tmp_path}/run --device cpu --val none --prompts 4 --rollouts 3 --steps 1 "
+            "--updates 2 --lr 1e-2 --budget 100 --max-new-tokens 28 "
+            f"--temperature {temperature} {flags}"
         ).split())
         model = ev.load_model(TINY, "cpu")[0].double()
         rows = zip(seen.prompts, seen.responses)

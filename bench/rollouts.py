@@ -1,10 +1,10 @@
 """
-Seconds of eval.generate, of it on transformers' DynamicLayer, and of model.generate.
+Seconds of eval.generate, of it on transformers' DynamicLayer, and model.generate.
 
     python bench/rollouts.py
 
 First a step of the tiny model, then 64 rows x 1,024 tokens that never stop. One thread,
-medians over rounds in turns, after a first.
+medians of rounds in turns, after a first.
 """
 import argparse
 import sys

@@ -24,7 +24,7 @@ from training import report
 from training.run import read_rows
 
 EVAL = "--device cpu --limit 8 --max-new-tokens 8 --rollout-batch 4 --out "
-TRAIN = "--device cpu --data-size 8 --val-size 4 --prompts 2 --max-new-tokens 8 --steps 5 "
+TRAIN = "--device cpu --data-size 8 --val-size 4 --prompts 2 --max-new-tokens 8 --steps 9 "
 TRAIN += "--eval-every 2 --save-every 1 --keep-best --out "
 FILES = "open os.mkdir os.remove os.rename os.rmdir".split()
 
@@ -88,7 +88,7 @@ for n in range(args.times):
     elif n % 2:
         seconds = random.uniform(0, duration)
     else:
-        risk = 0.01
+        risk = 0.006
     said = attempt(args.script, flags + str(run), seconds, risk)
     begun = list(run.glob(needed))
     ballast.unlink(missing_ok=True)

@@ -131,11 +131,24 @@ for name in os.listdir("/dev/fd"):
     assert job.out.exists(), "a job has not inherited the lock"
 
 
-def test_numbers_survive_their_csv(tmp_path):
-    found = {("rise", "token, β = 0.5", "peak at step"): [12.0, 0.25, float("nan")]}
+def test_numbers_of_all_seeds_are_collected_and_survive_their_csv(tmp_path):
+    uses = []
+    for seed, gain in (1, 0.1), (2, -0.07):
+        job = findings.Job(tmp_path / f"{seed}.json", [], ())
+        gains = {"gain greedy": gain, "gain T = 1": 0.1}
+        parts = {"token": {"forecast": 0.05, "worked, wrong": np.nan}, "gains": gains}
+        job.out.write_text(json.dumps(parts))
+        uses += [("fails", "0, token", job, "gains"), ("rise", "base, token", job, "token")]
+    found = findings.collect(uses + [("fails", "0, token", job, "token")])
+    assert found["fails", "0, token", "gain greedy"] == [0.1, -0.07]
+    assert found["rise", "base, token", "forecast"] == [0.05, 0.05]
+    assert np.isnan(found["fails", "0, token", "sign right (greedy)"])  # 1.5 points have none
+    assert found["fails", "0, token", "sign right (T = 1)"] == [1.0]
     findings.write_csv(tmp_path / "findings.csv", found)
-    [(key, values)] = findings.read_csv(tmp_path / "findings.csv").items()
-    assert key in found and values == pytest.approx(found[key], nan_ok=True)
+    read = findings.read_csv(tmp_path / "findings.csv")
+    assert read.keys() == found.keys()
+    for key, values in found.items():
+        assert read[key] == pytest.approx(values, nan_ok=True)
 
 
 @pytest.mark.parametrize("metric, values, shown", [
@@ -159,16 +172,6 @@ def test_a_cell_shows_the_unit_of_its_metric(metric, values, shown):
 ])
 def test_two_settings_differ_only_beyond_their_noise(a, b, relation):
     assert report.compared(a, b) == relation
-
-
-def test_a_verdict_keeps_apart_what_holds_and_what_does_not():
-    found = {}
-    for n, accuracy in ("4", 0.5), ("8", 0.9), ("16", 0.1):
-        found["rollouts", n, "greedy"] = [accuracy]
-    assert report.verdict(found, "rollouts") == (
-        "The miniature agrees that 16 responses a prompt are no better than 4; it does not agree "
-        "that 8 responses a prompt are no better than 4."
-    )
 
 
 def test_findings_md_is_what_its_csv_says():

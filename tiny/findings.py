@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from report import REWARDS, TABLES, VERDICTS, figures, report, unit_of
+from report import REWARDS, TABLES, VERDICTS, figures, report, settings_of, unit_of
 
 from em_inf import DECODERS, AdaptiveTemperature, EMInf, decode_and_grade
 from entropy import output_head
@@ -352,15 +352,13 @@ def collect(uses):
     for experiment, setting, job, part in uses:
         for metric, value in result_of(job)[part].items():
             found.setdefault((experiment, setting, metric), []).append(float(value))
-    for experiment, setting, metric in list(found):
-        if metric == "forecast":
-            [forecast] = found[experiment, setting, metric]
-            for key in "greedy", "T = 1":
-                gain = np.mean(found[experiment, setting, f"gain {key}"])
-                sign = float(gain * forecast > 0)
-                if abs(gain) <= 0.02:  # 512 problems leave that much open
-                    sign = np.nan
-                found[experiment, setting, f"sign right ({key})"] = [sign]
+    for setting in settings_of(found, "fails", "forecast"):
+        for key in "greedy", "T = 1":
+            gain = np.mean(found["fails", setting, f"gain {key}"])
+            right = gain * found["fails", setting, "forecast"][0] > 0
+            # 512 problems leave 2 points open
+            sign = np.nan if abs(gain) <= 0.02 else float(right)
+            found["fails", setting, f"sign right ({key})"] = [sign]
     return found
 
 
