@@ -229,8 +229,7 @@ def spoil(*args, score=em_rl.score):
     (torch, "save", OSError(errno.ENOSPC, "No space left"), "new/checkpoint No space left"),
     (em_rl, "score", spoil, "norm is --lr"),
     (em_rl, "load_problems", KeyboardInterrupt, "stopped"),
-    pytest.param(em_rl, "score", torch.OutOfMemoryError, "memory --budget",
-                 marks=pytest.mark.xfail(strict=True, reason="two lines")),
+    (em_rl, "score", torch.OutOfMemoryError, "memory --budget"),
 ])
 def test_a_fault_leaves_the_checkpoint_before(place, name, fault, words):
     train("--out new --steps 2")

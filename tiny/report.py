@@ -146,7 +146,8 @@ CLAIMS = {  # of the paper or of later work: claim, settings, relation, other, m
          "sequence, mean", "above", "sequence, sum", "greedy"),
     ],
     "delta": [
-        ("δ = 0.05 is no better than 0.3", "0.05", "not above", "0.3", "accuracy"),
+        ("δ = 0.1 is better than 0.05", "0.1", "above", "0.05", "accuracy"),
+        ("δ = 0.5 is as good as 0.1", "0.5", "not below", "0.1", "accuracy"),
         ("δ = 1.0 is worse than 0.3", "1.0", "below", "0.3", "accuracy"),
     ],
     "descent": [

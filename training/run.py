@@ -362,7 +362,8 @@ def command(main):
         try:
             main(argv)
         except torch.OutOfMemoryError as error:
-            sys.exit(f"{name}: out of memory: {error}\nless is needed with a smaller --budget, "
+            reason = str(error).split("\n")[0]
+            sys.exit(f"{name}: out of memory: {reason} Less is needed with a smaller --budget, "
                      "--rollout-batch or --max-new-tokens, with --offload, or with --beta 0")
         except FloatingPointError as error:
             sys.exit(f"{name}: {error}; the run's checkpoint, if any, is from before that. A "
