@@ -68,9 +68,11 @@ def set_up(device=None, dtype=None):
         other = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else other
     try:
+        if device.split(":")[0] not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("give cuda, mps or cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0][:160]
         raise ValueError(f"--device {device}: not usable here ({reason})") from None
     native = device.startswith("cuda")
     native = native and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -345,14 +347,14 @@ def regrade(folder, allow_code):
     return results
 
 
-def load_gradable(data, limit, allow_code):
+def load_gradable(data, limit, allow_code, flag="--data"):
     """The first `limit` problems of a data set. ValueError where some can't be graded."""
     problems = load_problems(data)[:limit]
     for problem in problems:
         if "answer" not in problem and "tests" not in problem:
-            raise ValueError(f"--data {data}: {problem['id']} has no answer and no tests")
+            raise ValueError(f"{flag} {data}: {problem['id']} has no answer and no tests")
         if "tests" in problem and not allow_code:
-            raise ValueError(f"--data {data}: {answers.NOT_ALLOWED}")
+            raise ValueError(f"{flag} {data}: {answers.NOT_ALLOWED}")
     return problems
 
 
@@ -456,20 +458,20 @@ def main(argv=None):
             for place, sample in zip(places, samples):
                 sample.update(data=data, decoder=decoder, seed=seed, place=place)
             append_jsonl(folder / "samples.jsonl", samples)
+        results = read_samples(folder)
+        if args.diagnose:
+            pairs = list(results.items())
+            for (_, greedy), (name, sampled) in zip(pairs[::2], pairs[1::2]):
+                print(f"\n{name}:\n{scores.diagnose(greedy, sampled)}")
+        else:
+            print("\n" + scores.table(results))
+        summaries = {name: scores.summary(samples) for name, samples in results.items()}
+        replace_file(folder / "results.json", json.dumps(summaries, indent=1) + "\n")
+        scores.reliability_plot(results, folder / "reliability.png")
+        print(f"\nsamples, results.json and reliability.png: {folder}")
     except (KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         reason = str(error) or "stopped"
         sys.exit(f"eval.py: {reason}; go on with: python eval.py --resume {folder}")
-    results = read_samples(folder)
-    if args.diagnose:
-        pairs = list(results.items())
-        for (_, greedy), (name, sampled) in zip(pairs[::2], pairs[1::2]):
-            print(f"\n{name}:\n{scores.diagnose(greedy, sampled)}")
-    else:
-        print("\n" + scores.table(results))
-    summaries = {name: scores.summary(samples) for name, samples in results.items()}
-    replace_file(folder / "results.json", json.dumps(summaries, indent=1) + "\n")
-    scores.reliability_plot(results, folder / "reliability.png")
-    print(f"\nsamples, results.json and reliability.png: {folder}")
 
 
 if __name__ == "__main__":

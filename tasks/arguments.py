@@ -8,7 +8,7 @@ import argparse
 
 def positive_int(text):
     if not 1 <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0, or too large")
     return int(text)
 
 

@@ -23,7 +23,8 @@ def lock(folder):
 def read_jsonl(path):
     """The objects of a JSONL file, without lines that a kill or a full disk has cut short."""
     rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # blank or half written
@@ -58,7 +59,8 @@ def read_config(folder, script=None):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file, so there is no run to go on with") from None
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: damaged ({error!r}); start again with another --out") from None
+        kind = type(error).__name__
+        raise ValueError(f"{path}: damaged ({kind}); start again with another --out") from None
     if script not in (None, writer):
         raise ValueError(f"{folder}: a run of {writer}, not of {script}")
     return config

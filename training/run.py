@@ -101,7 +101,7 @@ def load_held_out(args):
     if args.val == "none":
         return []
     try:
-        return load_gradable(args.val, args.val_size, allow_code=False)
+        return load_gradable(args.val, args.val_size, allow_code=False, flag="--val")
     except FileNotFoundError as error:
         if args.val != "math500":
             raise
@@ -177,7 +177,7 @@ def refuse_to_overwrite(folder, script):
     way_out = f"go on with it by --resume {folder}, or give another --out"
     if read_config(folder)["script"] != script:
         way_out = "another script's results are there; give another --out"
-    elif not list(folder.glob("checkpoint*/state.pt")):
+    elif not (folder / "checkpoint").exists() and not (folder / "checkpoint.old").exists():
         way_out = "it ended before its first checkpoint; remove it, or give another --out"
     raise FileExistsError(f"{folder} is in use: {way_out}")
 
@@ -245,7 +245,7 @@ def read_rows(path):
             row = {key: float(value) for key, value in line.items() if value}
             rows.append(row | {"step": int(row["step"])})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a run's metrics ({error!r})") from None
+        raise ValueError(f"{path}: damaged, not a run's metrics ({type(error).__name__})") from None
     return rows
 
 
