@@ -67,6 +67,20 @@ DECODERS = (
 # ------------------------------------------------------------------------------- the method
 
 
+def in_cache(function):
+    """On a CPU, call a function of (B, V) logits for rows of some 2^18 logits at a time, which
+    stay in the processor's cache."""
+
+    @functools.wraps(function)
+    def wrapper(logits, *args, **settings):
+        rows = max(1, 2**18 // logits.shape[-1])
+        if logits.device.type != "cpu" or len(logits) <= rows:
+            return function(logits, *args, **settings)
+        return torch.cat([function(some, *args, **settings) for some in logits.split(rows)])
+
+    return wrapper
+
+
 def softmax_and_entropy(z):
     """Finite logits (B, V), none far above 0 -> softmax (B, V), its entropy in nats (B, 1) and
     the log of its normaliser (B, 1)."""
@@ -76,6 +90,7 @@ def softmax_and_entropy(z):
     return p, total.log() - torch.linalg.vecdot(p, z)[:, None], total.log()
 
 
+@in_cache
 @torch.no_grad()
 def minimize_entropy(logits, delta=0.3, lr=0.1, steps=3, kl_weight=0.05, optimizer="adam"):
     """EM-INF: take each row's logits downhill in their own entropy: (B, V) -> (B, V).
@@ -125,6 +140,7 @@ def minimize_entropy(logits, delta=0.3, lr=0.1, steps=3, kl_weight=0.05, optimiz
     return torch.where(untouched, logits, z.add_(top))
 
 
+@in_cache
 @torch.no_grad()
 def adaptive_temperature(logits, alpha=0.5, delta=0.3, tau_min=0.01, tau_max=1.0, iterations=20):
     """The paper's baseline (Algorithm 1): divide each row by a temperature: (B, V) -> (B, V).
@@ -175,10 +191,10 @@ class Sharpen(LogitsProcessor):
 
     def sharpen(self, logits):
         logits = at_least_float32(logits)
-        entropy = token_entropy(logits)  # (B,)
+        entropy = in_cache(token_entropy)(logits)  # (B,)
         unsure = (entropy >= self.delta).nonzero()[:, 0]
         sharper = self.function(logits[unsure])
-        entropy_after = entropy.index_copy(0, unsure, token_entropy(sharper))
+        entropy_after = entropy.index_copy(0, unsure, in_cache(token_entropy)(sharper))
         if entropy_after.isnan().any():
             row = entropy_after.isnan().nonzero()[0].item()
             raise ValueError(
