@@ -71,7 +71,8 @@ def plot(rows, folder):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     config = json.loads((folder / "config.json").read_text())
+    name = "/".join(Path(config["model"]).parts[-2:])
     what = config.get("reward") or config["loss"]
-    figure.suptitle(f"{Path(config['model']).name}, {what}", fontsize=10)
+    figure.suptitle(f"{config['script']}, {what}: {name}", fontsize=10)
     figure.savefig(folder / "plot.png", dpi=130)
     plt.close(figure)
