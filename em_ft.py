@@ -88,7 +88,7 @@ def main(argv=None):
     add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
         "on a GPU that has it")
     add("--offload", action=argparse.BooleanOptionalAction, help="float32 masters and Adam in CPU "
-        "memory; without it where a GPU is too small")
+        "memory; without this flag only where the GPU is too small")
     add("--loss", choices=["entropy", "sft"], default="entropy", help="sft: of labelled solutions")
     add("--beta", type=nonnegative, default=0.0, help="weight of the KL; 0: no KL")
     add("--rollouts", type=positive_int, default=1, metavar="N", help="responses per prompt")

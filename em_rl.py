@@ -124,7 +124,7 @@ def main(argv=None):
     add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
         "on a GPU that has it")
     add("--offload", action=argparse.BooleanOptionalAction, help="float32 masters and Adam in CPU "
-        "memory; without it where a GPU is too small")
+        "memory; without this flag only where the GPU is too small")
     add("--reward", choices=REWARDS, default="token", help="what a response is paid for")
     add("--reward-norm", choices=["mean", "sum"], default="mean", help="over tokens")
     add("--advantage", choices=["rloo", "grpo"], default="rloo", help="baseline of a reward")

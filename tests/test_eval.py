@@ -259,6 +259,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(line, room, monkeypatch, capsy
 
 
 
+@pytest.mark.parametrize("write", ["append_jsonl", "replace_file"])
+def test_a_full_disk_ends_in_one_line_and_the_evaluation_goes_on(write, room, tmp_path, monkeypatch):
+    real, calls = getattr(ev, write), []
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == 2:  # config.json is the first that is replaced, results.json the second
+            raise OSError("No space left on device")
+        real(*args)
+
+    monkeypatch.setattr(ev, write, full)
+    with pytest.raises(SystemExit, match=r"^eval.py: No space left on device; .*--resume \S+$"):
+        ev.main(SETTINGS + [str(tmp_path / "full")])
+    ev.main(["--resume", str(tmp_path / "full")])
+    assert found(tmp_path / "full") == found(room / "whole")
+
+
 ROOMS = "tasks entropy eval training em_inf em_ft em_rl".split()
 
 
