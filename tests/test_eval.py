@@ -260,7 +260,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(line, room, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("write", ["append_jsonl", "replace_file"])
-def test_a_full_disk_ends_in_one_line_and_the_evaluation_goes_on(write, room, tmp_path, monkeypatch):
+def test_a_full_disk_ends_in_one_line_and_loses_nothing(write, room, tmp_path, monkeypatch):
     real, calls = getattr(ev, write), []
 
     def full(*args):
