@@ -24,13 +24,11 @@ Departures from the paper (arXiv 2505.15134) and its released trainer:
   - The objective is divided by all tokens of the update: every token weighs the same.
 """
 import argparse
-import math
 import random
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -117,8 +115,6 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------- set-up
     try:
-        if args.wandb:
-            import wandb
         device, dtype = set_up(args.device, args.dtype)
         train = load_problems(args.data)
         train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
@@ -133,19 +129,15 @@ def main(argv=None):
         optimizer = MasterAdamW(model, args.lr, args.offload)
         start, history = run.restore(args, optimizer)
         folder = run.new_folder(args, NAME)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"{NAME}: {error}")
     if args.checkpointing:
         run.checkpoint_activations(model)
     B, N, P = args.prompts, args.rollouts, model.num_parameters()
     stop = stop_ids(model, tokenizer)
-    # one pass over the prompts after the other, each in an order of its own
-    epochs = range(math.ceil(args.steps * B / len(train)))
-    orders = [np.random.default_rng((args.seed, epoch)) for epoch in epochs]
-    order = np.concatenate([rng.permutation(len(train)) for rng in orders])
     flops = P * (2 + 6 + (2 if args.beta else 0))  # a token: sample, train, reference
     run.announce(args, model, tokenizer, head, train, val, flops, folder)
-    logger = wandb.init(project=args.wandb, name=folder.name) if args.wandb else None
+    logger = run.start_logger(args, folder)
     stopping = run.StopSignal()
 
     # -------------------------------------------------------------------------------- train
@@ -158,7 +150,7 @@ def main(argv=None):
         torch.manual_seed(1_000_000 * args.seed + step)  # a resumed step draws the same
 
         # roll out: N responses to each of B prompts, a prompt's responses side by side
-        problems = [train[i] for i in np.repeat(order[(step - 1) * B : step * B], N)]
+        problems = run.next_problems(train, step, args)
         prompts = [problem["ids"] for problem in problems]  # B*N lists of token ids
         if args.loss == "sft":
             written = tokenizer([p["solution"] for p in problems], add_special_tokens=False)

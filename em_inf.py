@@ -37,9 +37,10 @@ import torch
 from transformers import LogitsProcessor, TextStreamer
 
 from entropy import at_least_float32, output_head, score_all, token_entropy
-from eval import comma_list, generate, graded, load_gradable, load_model, set_up
+from eval import generate, graded, load_model, set_up
 from tasks.answers import most_agreed
-from tasks.arguments import Help, nonnegative, positive, positive_int, whole_number
+from tasks.arguments import Help, comma_list, nonnegative, positive, positive_int, whole_number
+from tasks.problems import load_gradable
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
 from tasks.scores import table
 

@@ -25,6 +25,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -41,6 +42,7 @@ from tasks import answers, sandbox, scores
 from tasks.answers import is_correct, votes  # noqa: F401, for other scripts
 from tasks.arguments import (  # noqa: F401
     Help,
+    comma_list,
     growth,
     nonnegative,
     positive,
@@ -48,8 +50,16 @@ from tasks.arguments import (  # noqa: F401
     two_or_more,
     whole_number,
 )
-from tasks.files import append_jsonl, lock, read_config, read_jsonl, read_samples, replace_file
-from tasks.problems import HUB, hub_says, load_problems, reach_hub
+from tasks.files import (
+    append_jsonl,
+    fresh_folder,
+    lock,
+    read_config,
+    read_jsonl,
+    read_samples,
+    replace_file,
+)
+from tasks.problems import HUB, hub_says, load_gradable, load_problems, reach_hub  # noqa: F401
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
 
 HERE = Path(__file__).parent
@@ -85,14 +95,17 @@ def load_model(name, device, dtype=torch.float32):
     reached = is_folder or reach_hub()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
+        settings = Path(name, "generation_config.json")  # if damaged, transformers ignores it
+        if settings.exists():
+            json.loads(settings.read_text())
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:  # whatever the loaders raise for a missing or a damaged file
         reason = " ".join(str(error).split())[:160]
         if is_folder:
             raise OSError(f"model {name}: the folder can't be loaded ({reason})") from error
         raise OSError(f"model {name}: no folder here, and {hub_says(reached)} model") from error
-    if model.num_parameters() < 2**20:
-        torch.set_num_threads(1)  # several threads would mostly wait for each other
+    if model.num_parameters() < 2**20 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # beside any other work several would wait for each other
     return model.to(device).eval(), tokenizer
 
 
@@ -308,15 +321,6 @@ def graded(
     return samples
 
 
-def comma_list(text):
-    """An argparse type: "a,b" -> its parts, each of which stands there once."""
-    parts = text.split(",")
-    for name in parts:
-        if parts.count(name) > 1:
-            raise argparse.ArgumentTypeError(f"{name} stands there twice")
-    return parts
-
-
 def temperature_of(decoder):
     """The temperature of a decoder: 0 for greedy, 1 for sample, T for sample@T."""
     scheme, at, number = decoder.partition("@")
@@ -328,34 +332,6 @@ def temperature_of(decoder):
         raise ValueError(f"--decode {decoder}: give greedy, sample or sample@T with a T above 0; "
                          "em_inf.py has other decoders")
     return temperature
-
-
-def regrade(folder, allow_code):
-    """Grade the samples of a folder again: {"DATA DECODER": samples}. Needs no model."""
-    results = read_samples(folder)
-    for samples in results.values():
-        problems = samples  # they hold the answers; tests can be large, and stay in the data
-        if samples[0]["answer"] is None:
-            data = samples[0]["data"]
-            known = {problem["id"]: problem for problem in load_problems(data)}
-            if missing := [sample["id"] for sample in samples if sample["id"] not in known]:
-                raise ValueError(f"--regrade {folder}: {data} has no problem {missing[0]} any more")
-            problems = [known[sample["id"]] for sample in samples]
-        texts = [sample["response"] for sample in samples]
-        for sample, right in zip(samples, answers.grade(problems, texts, allow_code)):
-            sample["correct"] = right
-    return results
-
-
-def load_gradable(data, limit, allow_code, flag="--data"):
-    """The first `limit` problems of a data set. ValueError where some can't be graded."""
-    problems = load_problems(data)[:limit]
-    for problem in problems:
-        if "answer" not in problem and "tests" not in problem:
-            raise ValueError(f"{flag} {data}: {problem['id']} has no answer and no tests")
-        if "tests" in problem and not allow_code:
-            raise ValueError(f"{flag} {data}: {answers.NOT_ALLOWED}")
-    return problems
 
 
 def main(argv=None):
@@ -389,7 +365,8 @@ def main(argv=None):
             first, second = args.compare
             return print(scores.compare(read_samples(first), read_samples(second)))
         if args.regrade:
-            return print(scores.table(regrade(args.regrade, args.allow_code_execution)))
+            regraded = scores.regrade(args.regrade, args.allow_code_execution)
+            return print(scores.table(regraded))
         if args.diagnose:
             args.decode, args.seeds = ["greedy", "sample"], 1
             args.limit = args.limit or 512
@@ -407,13 +384,15 @@ def main(argv=None):
         # --------------------------------------------------------------------------- set-up
         device, dtype = set_up(args.device)
         temperatures = {decoder: temperature_of(decoder) for decoder in args.decode}
+        if len(set(temperatures.values())) < len(temperatures):
+            raise ValueError(f"--decode {','.join(args.decode)}: two of them are the same")
         problems = {}
         for data in args.data:
             problems[data] = load_gradable(data, args.limit, args.allow_code_execution)
         model, tokenizer = load_model(args.model, device, dtype)
         head = output_head(model, encode_prompt(tokenizer, "Which prime is even?"))
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        folder = Path(args.resume or args.out or f"runs/eval-{stamp}")
+        folder = args.resume or args.out
+        folder = Path(folder) if folder else fresh_folder("runs/eval")
         if not args.resume and (folder / "config.json").exists():
             raise FileExistsError(f"{folder} is in use: --resume {folder}, or another --out")
         folder.mkdir(parents=True, exist_ok=True)

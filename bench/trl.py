@@ -1,19 +1,21 @@
 """
 Seconds of a step of em_rl.py beside TRL's RLOOTrainer, on a CPU.
 
-    pip install trl && python bench/trl.py      # 3 pairs of 12 steps
-    OMP_NUM_THREADS=1 python bench/trl.py       # TRL on one thread, as em_rl.py always is here
+    pip install trl && python bench/trl.py    # 3 pairs of 12 steps, each on one thread
+    python bench/trl.py --threads 2           # on two, which should then be idle
 
 Both train the tiny model with em_rl.py's defaults, in processes of their own, in turn. TRL
 hands its reward function no entropies, so that it runs the model once more. TRL's seconds go
 from one call of it to the next.
 
-Equal: each step's prompts and their tokens, 4 responses of at most 64 tokens, temperature 1,
-beta 0.001 and a reference model, AdamW at 1e-4, gradient norm at most 1, one update a batch.
+Equal: the threads, each step's prompts and their tokens, 4 responses of at most 64 tokens,
+temperature 1, beta 0.001 and a reference model, AdamW at 1e-4, gradient norm at most 1, one
+update a batch.
 Not equal: the objective. TRL takes the KL out of the reward, and divides by responses where
 ours divides by tokens. So only step 1's rewards should agree, but for the sampling.
 """
 import argparse
+import os
 import random
 import subprocess
 import sys
@@ -70,11 +72,12 @@ def train_with_trl(args):
     write_rows(Path(args.out, "metrics.csv"), rows)
 
 
-def measure(script, flags):
+def measure(script, flags, threads):
     """Run a script: its median seconds a step, after two steps that warm up."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / script), *flags.split(), "--out", f"{folder}/run"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        threads = {"OMP_NUM_THREADS": str(threads)}  # without it em_rl.py would take one
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
         if done.returncode:
             sys.exit(done.stderr)
         rows = read_rows(Path(folder, "run/metrics.csv"))
@@ -90,7 +93,8 @@ def main():
     add = parser.add_argument
     add("--pairs", type=int, default=3)
     add("--steps", type=int, default=12)
-    add("--seed", type=int)
+    add("--threads", type=int, default=1, help="of each side")
+    add("--seed", type=int, help=argparse.SUPPRESS)
     add("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.out:
@@ -98,8 +102,9 @@ def main():
     ratios = []
     for seed in range(1, args.pairs + 1):
         flags = f"--steps {args.steps} --seed {seed} "
-        ours = measure("em_rl.py", flags + "--val none --device cpu --guard 0")
-        ratios.append(ours / measure("bench/trl.py", flags))
+        ours = flags + "--val none --device cpu --guard 0"
+        ours = measure("em_rl.py", ours, args.threads)
+        ratios.append(ours / measure("bench/trl.py", flags, args.threads))
     print(f"ours takes {median(ratios):.2f} of TRL's seconds: {[round(r, 2) for r in ratios]}")
 
 

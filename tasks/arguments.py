@@ -38,6 +38,15 @@ def growth(text):
     return float(text)
 
 
+def comma_list(text):
+    """"a,b" -> its parts, each of which stands there once."""
+    parts = text.split(",")
+    for name in parts:
+        if parts.count(name) > 1:
+            raise argparse.ArgumentTypeError(f"{name} stands there twice")
+    return parts
+
+
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the docstring's lines, and shows every default but None."""
 

@@ -1,7 +1,9 @@
 """
 Files of a run that a kill, a full disk or a second process cannot spoil.
 """
+import itertools
 import json
+import time
 from pathlib import Path
 
 import filelock
@@ -20,15 +22,29 @@ def lock(folder):
     return held
 
 
+def fresh_folder(stem):
+    """Make a folder of its own: the stem and the time, and a number where that is taken."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for n in itertools.count(1):
+        folder = Path(f"{stem}-{stamp}-{n}" if n > 1 else f"{stem}-{stamp}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+
+
 def read_jsonl(path):
     """The objects of a JSONL file, without lines that a kill or a full disk has cut short."""
     rows = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.split("\n"):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:  # blank or half written
             continue
+        if row and isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from tasks.answers import last_box
+from tasks.answers import NOT_ALLOWED, last_box
 from tasks.sandbox import passes
 
 PROMPT_FIELDS = "prompt", "problem", "question"  # the first one that a row has
@@ -366,4 +366,15 @@ def load_problems(name_or_path):
         raise ValueError(f"{name}: no problems in it")
     if size and len(problems) != size:
         print(f"{name}: {len(problems)} problems, not {size} as it should have", file=sys.stderr)
+    return problems
+
+
+def load_gradable(data, limit, allow_code, flag="--data"):
+    """The first `limit` problems of a data set. ValueError where some can't be graded."""
+    problems = load_problems(data)[:limit]
+    for problem in problems:
+        if "answer" not in problem and "tests" not in problem:
+            raise ValueError(f"{flag} {data}: {problem['id']} has no answer and no tests")
+        if "tests" in problem and not allow_code:
+            raise ValueError(f"{flag} {data}: {NOT_ALLOWED}")
     return problems

@@ -4,6 +4,7 @@ import fcntl
 import graphlib
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import em_inf
 import eval as ev
 from entropy import output_head, score_all
-from tasks.files import read_samples
+from tasks.files import fresh_folder, read_samples
 from tasks.prompts import SYSTEM, encode_prompt, stop_ids
 from tests.models import ARCHITECTURES, ROOT, TINY, random_model, rows_of
 
@@ -168,6 +169,8 @@ def room(tmp_path_factory):
     (room / "run").mkdir()
     (room / "run/config.json").write_text('{"script": "em_rl.py"}')
     (room / "run/samples.jsonl").write_text('{"step": 1, "response": "a"}')
+    shutil.copytree(TINY, room / "damaged")
+    (room / "damaged/generation_config.json").write_text("{")  # it says how a response ends
     (room / "code.jsonl").write_text('{"prompt": "a", "tests": "assert f() == 1"}')
     with open(room / "whole/lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -220,8 +223,10 @@ EVAL = """--limit 0
 --decode sample@0
 --decode sample@nan
 --decode greedy,greedy: greedy twice
+--decode sample,sample@1.0: sample,sample@1.0 same
 --device bogus
 --model nowhere: nowhere
+--model damaged: damaged
 --data code.jsonl: code.jsonl --allow-code-execution
 --out whole: whole --resume
 --resume run: run em_rl.py
@@ -257,6 +262,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(line, room, monkeypatch, capsy
     assert all(word in said for word in (words or line).split())
     assert before == [*room.rglob("*")]
 
+
+def test_two_evaluations_of_one_second_have_folders_of_their_own(tmp_path):
+    folders = [fresh_folder(tmp_path / "eval") for _ in range(3)]
+    assert len(set(folders)) == 3 and all(folder.is_dir() for folder in folders)
 
 
 @pytest.mark.parametrize("write", ["append_jsonl", "replace_file"])

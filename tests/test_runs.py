@@ -1,4 +1,5 @@
 """The training scripts as they are run: what they leave, resume, refuse and survive."""
+import argparse
 import contextlib
 import errno
 import io
@@ -128,6 +129,18 @@ def test_micro_batches_of_any_size_give_the_same_step(script):
             assert row == pytest.approx(same, rel=1e-4, abs=1e-7)
 
 
+def test_each_pass_over_the_prompts_has_an_order_of_its_own():
+    train = [{"prompt": str(i)} for i in range(5)]
+    args = argparse.Namespace(prompts=4, rollouts=2, seed=1)
+    steps = [run.next_problems(train, step, args) for step in range(1, 6)]
+    assert all(problems[::2] == problems[1::2] for problems in steps)
+    order = [int(problem["prompt"]) for problems in steps for problem in problems[::2]]
+    passes = [order[i : i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(some) == [0, 1, 2, 3, 4] for some in passes)
+    assert len({tuple(some) for some in passes}) > 1
+    assert len(run.next_problems(train, 2**31 - 1, args)) == 8  # no order is made before its time
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2"])
 def test_em_rl_runs_on_architecture(kind):
     random_model(kind).to(torch.bfloat16).save_pretrained("model")
@@ -212,12 +225,15 @@ def test_a_signal_saves_and_a_second_one_ends_at_once(number):
     assert outcome("new") == outcome("run")
 
 
-def test_a_run_that_another_process_has_is_left_as_it_is():
+def test_a_run_that_another_process_has_is_left_as_it_is(finished):
     with open("run/samples.jsonl", "a") as file:
         file.write('{"step": 5}\n')
     before = everything()
     with filelock.FileLock("run/lock"):
         fails("--resume run --steps 6", "another process")
+        shutil.rmtree("run/checkpoint")
+        fails("--out run", "another process")  # and no advice to remove a run that goes on
+    shutil.copytree(finished / "checkpoint", "run/checkpoint")
     assert everything() == before
 
 
@@ -261,8 +277,8 @@ def test_a_damaged_file_is_named_and_nothing_is_overwritten(name, kept, more):
     assert everything() == before
 
 
-@pytest.mark.parametrize("end", ['{"step": 4, "se', "\n\n", None])
-def test_a_line_of_samples_that_is_cut_off_ends_no_run(end):
+@pytest.mark.parametrize("end", ['{"step": 4, "se', "\n\n[]\n{}\n", None])
+def test_a_line_of_samples_that_is_none_ends_no_run(end):
     path = Path("run/samples.jsonl")
     before = path.read_text()
     path.write_text(before + end) if end else path.unlink()
@@ -270,6 +286,7 @@ def test_a_line_of_samples_that_is_cut_off_ends_no_run(end):
     after = path.read_text()
     assert after.startswith(before if end else "{")
     assert 6 in [json.loads(line)["step"] for line in after.splitlines()]
+    assert {type(row["tokens"]) for row in metrics("run")[1:]} == {int}  # not 112.0
 
 
 def test_a_run_killed_between_two_renames_or_before_its_report_goes_on():
@@ -288,8 +305,9 @@ rollout-batch 0|rollouts 0 1|save-every 0|seed -1 99999999999999999999|steps 0 1
 updates 5|temperature 0 nan 1e-40|val-size -1"""
 REFUSED = [
     (None, f"--device {'mps' if torch.cuda.is_available() else 'cuda'}", "--device"),
-    (None, "--val bare.jsonl", "bare.jsonl answer"),
-    (None, "--wandb project", "wandb"),
+    (None, "--device meta", "--device meta cuda"),
+    (None, "--val bare.jsonl", "--val bare.jsonl answer"),
+    (None, "--wandb project", "--wandb project pip install"),
     (None, "--resume run --out new", "--out new --resume run"),
     (None, "--resume evaluation", "evaluation eval.py"),
     (None, "--out evaluation", "evaluation another --out"),

@@ -30,6 +30,7 @@ The columns of metrics.csv, empty where a step did not measure something:
 import argparse
 import csv
 import functools
+import importlib.util
 import inspect
 import io
 import json
@@ -38,15 +39,16 @@ import pickle
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
 from entropy import score_all
-from eval import evaluate, generate, load_gradable
-from tasks.files import append_jsonl, lock, read_config, read_jsonl, replace_file
+from eval import evaluate, generate
+from tasks.files import append_jsonl, fresh_folder, lock, read_config, read_jsonl, replace_file
+from tasks.problems import load_gradable
 from tasks.prompts import encode_prompt, stop_ids
 from tasks.scores import summary
 
@@ -69,10 +71,13 @@ def parse_args(parser, argv, tiny, script):
         try:
             saved = read_config(args.resume, script)
             checkpoint_of(args.resume)
+            saved["lock"] = lock(args.resume)  # held as long as the settings are
         except (OSError, ValueError) as error:
             parser.error(f"--resume {error}")
     elif args.model is None:
         saved = tiny
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        parser.error(f"--wandb {args.wandb}: its package is missing; pip install wandb")
     return parser.parse_args(argv, argparse.Namespace(**saved))
 
 
@@ -94,6 +99,18 @@ def prepare(problems, tokenizer, label, args):
         raise ValueError(f"--prompts {args.prompts}: {args.data} has only {len(prepared)} of at "
                          f"most {args.max_prompt_tokens} tokens")
     return prepared
+
+
+def next_problems(train, step, args):
+    """A step's problems, --rollouts times each, side by side. The steps go through all of them
+    again and again, each time in an order of its own."""
+    problems = []
+    for place in range((step - 1) * args.prompts, step * args.prompts):
+        epoch, i = divmod(place, len(train))
+        if not problems or i == 0:
+            order = np.random.default_rng((args.seed, epoch)).permutation(len(train))
+        problems += [train[order[i]]] * args.rollouts
+    return problems
 
 
 def load_held_out(args):
@@ -153,13 +170,10 @@ def new_folder(args, script):
     if args.resume:
         folder = Path(args.resume)
     else:
-        stem = f"runs/{Path(script).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder, n = Path(args.out or stem), 2
-        while not args.out and folder.exists():
-            folder, n = Path(f"{stem}-{n}"), n + 1
+        folder = Path(args.out) if args.out else fresh_folder(f"runs/{Path(script).stem}")
         refuse_to_overwrite(folder, script)
         folder.mkdir(parents=True, exist_ok=True)
-        args.lock = lock(folder)  # held as long as the settings are
+        args.lock = lock(folder)
     settings = {"script": script}
     settings |= {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
     (folder / "result.json").unlink(missing_ok=True)  # a finished run that is taken further
@@ -174,6 +188,7 @@ def refuse_to_overwrite(folder, script):
     """FileExistsError where the folder holds a run, with what can be done instead."""
     if not (folder / "config.json").exists():
         return
+    lock(folder)  # no advice about a run that is still going on
     way_out = f"go on with it by --resume {folder}, or give another --out"
     if read_config(folder)["script"] != script:
         way_out = "another script's results are there; give another --out"
@@ -199,7 +214,6 @@ def restore(args, optimizer):
     if not args.resume:
         return 0, []
     folder = Path(args.resume)
-    args.lock = lock(folder)  # held as long as the settings are
     path = checkpoint_of(folder) / "state.pt"
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -242,8 +256,12 @@ def read_rows(path):
         if not text.endswith("\n"):
             raise ValueError("its last line is cut off")
         for line in csv.DictReader(io.StringIO(text)):
-            row = {key: float(value) for key, value in line.items() if value}
-            rows.append(row | {"step": int(row["step"])})
+            row = {}
+            for key, value in line.items():
+                if value:
+                    row[key] = int(value) if value.isdigit() else float(value)
+            row["step"]  # KeyError where there is none
+            rows.append(row)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged, not a run's metrics ({type(error).__name__})") from None
     return rows
@@ -274,6 +292,15 @@ def save_model(folder, model, tokenizer, state=None):
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def start_logger(args, folder):
+    """A run of Weights & Biases for --wandb, else None."""
+    if not args.wandb:
+        return None
+    import wandb
+
+    return wandb.init(project=args.wandb, name=folder.name)
 
 
 def log(row, logger=None):
