@@ -27,6 +27,7 @@ import argparse
 import random
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -87,6 +88,9 @@ def main(argv=None):
         "on a GPU that has it")
     add("--offload", action=argparse.BooleanOptionalAction, help="float32 masters and Adam in CPU "
         "memory; without this flag only where the GPU is too small")
+    add("--lora", type=positive_int, metavar="R", help="train adapters of rank R (peft) instead of "
+        "the weights: far less memory, and some ten times the --lr")
+    add("--merge", action="store_true", help="with --lora, write merged/ too, a plain model")
     add("--loss", choices=["entropy", "sft"], default="entropy", help="sft: of labelled solutions")
     add("--beta", type=nonnegative, default=0.0, help="weight of the KL; 0: no KL")
     add("--rollouts", type=positive_int, default=1, metavar="N", help="responses per prompt")
@@ -119,12 +123,11 @@ def main(argv=None):
         train = load_problems(args.data)
         train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
         val = run.load_held_out(args)
-        weights = run.checkpoint_of(args.resume) if args.resume else args.model
-        model, tokenizer = load_model(weights, device, dtype)
+        model, tokenizer, adapters = run.load(args, device, dtype)
         train = run.prepare(train, tokenizer, label, args)
         head = output_head(model, train[0]["ids"])
         if args.beta:  # the KL needs the initial model beside the one that changes
-            reference, _ = load_model(args.model, device, dtype)
+            reference = model if args.lora else load_model(args.model, device, dtype)[0]
             ref_head = output_head(reference, train[0]["ids"])
         optimizer = MasterAdamW(model, args.lr, args.offload)
         start, history = run.restore(args, optimizer)
@@ -135,7 +138,8 @@ def main(argv=None):
         run.checkpoint_activations(model)
     B, N, P = args.prompts, args.rollouts, model.num_parameters()
     stop = stop_ids(model, tokenizer)
-    flops = P * (2 + 6 + (2 if args.beta else 0))  # a token: sample, train, reference
+    # FLOPs of a token: to sample, to train, and of the reference; frozen weights need no gradient
+    flops = P * (2 + (4 if args.lora else 6) + (2 if args.beta else 0))
     run.announce(args, model, tokenizer, head, train, val, flops, folder)
     logger = run.start_logger(args, folder)
     stopping = run.StopSignal()
@@ -168,9 +172,10 @@ def main(argv=None):
         # score: the policy's numbers came with its samples; what does the reference say?
         ref_logprobs = old_logprobs  # (B*N, T), nats; without a KL its weight is 0
         if args.beta:
-            _, ref_logprobs, _ = score_all(
-                reference, ref_head, prompts, responses, args.temperature, 2 * args.budget
-            )
+            with adapters.disable_adapter() if adapters else nullcontext():
+                _, ref_logprobs, _ = score_all(
+                    reference, ref_head, prompts, responses, args.temperature, 2 * args.budget
+                )
 
         # update: a step on each K-th of the prompts (K = 1: on-policy), in micro-batches
         model.train()
@@ -215,9 +220,8 @@ def main(argv=None):
         # evaluate, and let the guard look
         collapse = run.collapsed(history + [row], args.guard)
         last = step == args.steps or collapse is not None
-        if step % args.eval_every == 0:
-            run.log_sample(step, problems[0]["prompt"], texts[0], folder)
         if last or step % args.eval_every == 0:
+            run.log_sample(step, problems[0]["prompt"], texts[0], folder)
             row.update(run.evaluate_held_out(step, model, tokenizer, head, val, args, folder))
         history.append(row)
         run.log(row, logger)
@@ -225,17 +229,19 @@ def main(argv=None):
         # save
         run.write_rows(folder / "metrics.csv", history)
         if args.keep_best and run.is_best(history):
-            run.save_model(folder / "best", model, tokenizer)
+            run.save_model(folder / "best", adapters or model, tokenizer)
         asked = stopping.asked  # by Ctrl-C
         if last or asked or step % args.save_every == 0:
             state = {"step": step, "optimizer": optimizer.state_dict()}
-            run.save_model(folder / "checkpoint", model, tokenizer, state)
+            run.save_model(folder / "checkpoint", adapters or model, tokenizer, state)
             report.plot(history, folder)
         if collapse:
             print(f"step {step} | the guard stops the run: {collapse} (--guard 0 goes on)")
             break
         if asked and not last:
             sys.exit(f"{NAME}: stopped after step {step}; to go on: --resume {folder}")
+    if args.merge:
+        run.save_model(folder / "merged", run.merge(adapters), tokenizer)
     report.summarize(folder, history, args.keep_best)
 
 

@@ -98,7 +98,15 @@ def load_model(name, device, dtype=torch.float32):
         settings = Path(name, "generation_config.json")  # if damaged, transformers ignores it
         if settings.exists():
             json.loads(settings.read_text())
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        adapters = Path(name, "adapter_config.json")  # of --lora
+        base = name
+        if adapters.exists():
+            base = json.loads(adapters.read_text())["base_model_name_or_path"]
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+        if adapters.exists():
+            import peft
+
+            model = peft.PeftModel.from_pretrained(model, name).get_base_model()
     except Exception as error:  # whatever the loaders raise for a missing or a damaged file
         reason = " ".join(str(error).split())[:160]
         if is_folder:

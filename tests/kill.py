@@ -84,7 +84,7 @@ for n in range(args.times):
     shutil.rmtree(run, ignore_errors=True)
     seconds = risk = 0
     if args.disk:
-        ballast.write_bytes(bytes(2**22 - int(2 ** random.uniform(12, 22))))
+        ballast.write_bytes(bytes(random.randrange(2**22)))
     elif n % 2:
         seconds = random.uniform(0, duration)
     else:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer
 
 import em_ft
 import em_rl
+from eval import load_model
 from tests.models import ROOT, TINY, random_model
 from training import report, run
 from training.optimizer import MasterAdamW
@@ -31,6 +33,7 @@ FLAGS = (
     "--eval-every 2 --save-every 2 "
 )
 BOTH = pytest.mark.parametrize("script", [em_rl, em_ft])
+NEEDS_PEFT = pytest.mark.skipif(not find_spec("peft"), reason="--lora needs peft")
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
@@ -95,6 +98,7 @@ def fails(flags, words, script=em_rl):
     (em_rl, "--updates 2 --keep-best --reward random"),
     (em_rl, "--dtype bfloat16 --offload --val none"),
     (em_ft, "--beta 0.1 --rollouts 2 --keep-best"),
+    pytest.param(em_rl, "--lora 4 --dtype bfloat16 --merge", marks=NEEDS_PEFT),
 ])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags):
     for name, steps in ("a", 4), ("b", 4), ("c", 2):
@@ -119,6 +123,40 @@ def test_every_option_runs(script, flags):
     row = metrics("new")[-1]
     assert row["step"] == 2 and row["entropy"] > 0 and math.isfinite(row["grad_norm"])
     assert row["changed"] > 0.9 or row["grad_norm"] == 0
+
+
+@NEEDS_PEFT
+@BOTH
+def test_adapters_start_as_the_base_leave_it_as_it_is_and_merge(script):
+    flags = "--steps 2 --val none --beta 0.1 --lr 1e-3 --device cpu"
+    train(f"{flags} --out plain", script)
+    train(f"{flags} --lora 4 --merge --out adapters --checkpointing", script)
+    first, second = metrics("adapters")[1:]
+    for key in "entropy", "length":
+        assert first[key] == pytest.approx(metrics("plain")[1][key], rel=1e-5)
+    assert abs(first["kl"]) < 1e-7 < second["kl"] and first["changed"] > 0.4
+    args = argparse.Namespace(resume="adapters", lora=4, model=TINY, seed=1)
+    model, _, adapters = run.load(args, "cpu", torch.float32)
+    ids = torch.arange(40, 60)[None]
+    plain, loaded, merged = (
+        load_model(name, "cpu")[0](ids).logits.softmax(-1)
+        for name in (TINY, "adapters/checkpoint", "adapters/merged")
+    )
+    trained = model(ids).logits.softmax(-1)
+    with adapters.disable_adapter():
+        frozen = model(ids).logits.softmax(-1)
+    for probs, same in (frozen, plain), (trained, loaded), (trained, merged):
+        assert (probs - same).abs().max() < 1e-5 < 1e-3 < (trained - plain).abs().max()
+
+
+@NEEDS_PEFT
+def test_adapters_are_refused_where_they_cannot_be_trained():
+    train("--steps 2 --val none --lora 4 --out new")
+    fails("--model new/checkpoint --val none --data bare", "bare")
+    fails(f"--model new/checkpoint --val none --data {ROOT}/tiny/train.jsonl", "--merge")
+    fails("--resume new --lora 8", "--lora 8 4")
+    Path("new/checkpoint/adapter_model.safetensors").write_bytes(b"")
+    fails("--resume new --steps 4", "new/checkpoint adapters")
 
 
 @BOTH
@@ -302,12 +340,15 @@ def test_a_run_killed_between_two_renames_or_before_its_report_goes_on():
 VALUES = """beta -1 nan inf|budget -1|clip -1 nan 1e99|data-size -1|device bogus|dtype float16
 eval-every 0|grad-clip -1 0|guard -1 nan 0.5|lr -1 inf 1e38 x|max-new-tokens -1 0|prompts 0 33
 rollout-batch 0|rollouts 0 1|save-every 0|seed -1 99999999999999999999|steps 0 1.5
+lora 0
 updates 5|temperature 0 nan 1e-40|val-size -1"""
 REFUSED = [
     (None, f"--device {'mps' if torch.cuda.is_available() else 'cuda'}", "--device"),
     (None, "--device meta", "--device meta cuda"),
     (None, "--val bare.jsonl", "--val bare.jsonl answer"),
     (None, "--wandb project", "--wandb project pip install"),
+    (None, "--merge", "--merge --lora"),
+    (None, "--lora 4", "--lora 4 pip install peft"),
     (None, "--resume run --out new", "--out new --resume run"),
     (None, "--resume evaluation", "evaluation eval.py"),
     (None, "--out evaluation", "evaluation another --out"),
@@ -332,7 +373,8 @@ for line in VALUES.replace("\n", "|").split("|"):
 
 @pytest.mark.parametrize("only, flags, words", REFUSED)
 def test_bad_input_is_one_line_and_changes_nothing(only, flags, words, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+    for package in "wandb", "peft":
+        monkeypatch.setitem(sys.modules, package, None)
     for name, solution in ("bare", ""), ("null", ', "solution": null'), ("5", ', "solution": 5'):
         Path(f"{name}.jsonl").write_text(9 * f'{{"prompt": "1+1"{solution}}}\n')
     for name, script in ("evaluation", "eval.py"), ("begun", "em_rl.py"):

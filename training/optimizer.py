@@ -16,10 +16,10 @@ import torch
 
 class MasterAdamW:
     def __init__(self, model, lr, offload=None):
+        self.params = [p for p in model.parameters() if p.requires_grad]
         if offload is None and model.device.type == "cuda":
             memory = torch.cuda.get_device_properties(model.device).total_memory
-            offload = 20 * model.num_parameters() > memory
-        self.params = [p for p in model.parameters() if p.requires_grad]
+            offload = 20 * sum(p.numel() for p in self.params) > memory
         self.sums = {}  # float32 sums of the gradients of weights that are not float32
         self.masters = []
         for p in self.params:

@@ -7,6 +7,7 @@ What a training run leaves behind, and how it is taken up again.
               plot.png         entropy, accuracy and length against steps
               checkpoint/      the latest model, an ordinary Hugging Face folder, and state.pt,
                                what --resume needs besides
+              merged/          with --merge: the model and its adapters in one
               best/            with --keep-best: the model of the best held-out greedy accuracy
               result.json      base, peak and final accuracy; it says that the run has ended
 
@@ -21,7 +22,7 @@ The columns of metrics.csv, empty where a step did not measure something:
     grad_norm          before clipping
     changed            share of the float32 weights that the step's last update changed
     tokens, flops      response tokens; FLOPs by the paper's count: parameters x tokens (the
-                       prompts' too) x 2 to sample, 6 to train, 2 for the reference
+                       prompts' too) x 2 to sample, 6 to train (4 with --lora), 2 for the reference
     seconds, tokens_per_second     of the step without evaluation
     val_greedy, val_sampled        held-out accuracy, greedy and at T = 1
     val_entropy        nats a token of the held-out responses at T = 1
@@ -46,7 +47,7 @@ import torch
 import transformers
 
 from entropy import score_all
-from eval import evaluate, generate
+from eval import evaluate, generate, load_model
 from tasks.files import append_jsonl, fresh_folder, lock, read_config, read_jsonl, replace_file
 from tasks.problems import load_gradable
 from tasks.prompts import encode_prompt, stop_ids
@@ -76,9 +77,52 @@ def parse_args(parser, argv, tiny, script):
             parser.error(f"--resume {error}")
     elif args.model is None:
         saved = tiny
-    if args.wandb and not importlib.util.find_spec("wandb"):
-        parser.error(f"--wandb {args.wandb}: its package is missing; pip install wandb")
-    return parser.parse_args(argv, argparse.Namespace(**saved))
+    args = parser.parse_args(argv, argparse.Namespace(**saved))
+    if args.resume and args.lora != saved.get("lora"):
+        parser.error(f"--lora {args.lora}: {args.resume} has {saved.get('lora')}, and keeps it")
+    if args.merge and not args.lora:
+        parser.error("--merge: there is nothing to merge without --lora")
+    for flag, package in ("wandb", "wandb"), ("lora", "peft"):
+        if vars(args)[flag] and not importlib.util.find_spec(package):
+            parser.error(f"--{flag} {vars(args)[flag]}: needs a package; pip install {package}")
+    return args
+
+
+def load(args, device, dtype):
+    """(model, tokenizer, adapters) to be trained, as --resume has left them.
+
+    The adapters (LoRA, arXiv 2106.09685) are a PeftModel: the model, whose linear layers have
+    got a product of two float32 matrices of rank --lora beside their frozen weights. The second
+    one is zero at first. They are None without --lora. OSError where something can't be loaded.
+    """
+    folder = checkpoint_of(args.resume) if args.resume else None
+    model, tokenizer = load_model(args.model if args.lora else folder or args.model, device, dtype)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise OSError(f"--model {args.model}: adapters, which --lora R --merge would have merged")
+    if not args.lora:
+        return model, tokenizer, None
+    import peft
+
+    torch.manual_seed(args.seed)
+    if folder:
+        try:
+            adapters = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+        except Exception as error:  # whatever peft and safetensors raise for a damaged file
+            reason = str(error).split("\n")[0]
+            raise OSError(f"{folder}: the adapters can't be loaded ({reason})") from error
+    else:
+        settings = dict(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
+        adapters = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    return model.eval(), tokenizer, adapters
+
+
+def merge(adapters):
+    """The plain model with the adapters' products added to its weights. It replaces the other.
+
+    They are added in float32, and rounded once.
+    """
+    dtype = adapters.dtype
+    return adapters.cpu().float().merge_and_unload().to(dtype)
 
 
 def prepare(problems, tokenizer, label, args):
@@ -140,6 +184,11 @@ def announce(args, model, tokenizer, head, train, val, flops, folder):
     dtype = str(model.dtype).removeprefix("torch.")
     print(f"model: {args.model}, {model.num_parameters() / 1e6:,.1f} M parameters in {dtype} "
           f"on {model.device}")
+    if args.lora:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rest = model.num_parameters() - trained
+        print(f"adapters: {trained:,} parameters are trained, {rest:,} are frozen; their gradients "
+              f"and moments would take {12 * rest / 1e6:,.0f} MB")
     print(f"prompts: {len(train):,} of {args.data}, {template}")
     print(f"held out: {len(val)} problems of {args.val}")
     print(f"a step: {args.prompts} prompts x {args.rollouts} rollouts = {sequences} sequences of "
