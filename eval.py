@@ -9,6 +9,7 @@ Evaluate a language model on problems with known answers: load, prompt, sample, 
     python eval.py --compare runs/A runs/B                # is B better, and how sure is that?
     python eval.py --resume runs/NAME                     # after Ctrl-C, or a kill
     python eval.py --regrade runs/NAME                    # scores from the samples alone
+    python eval.py --out runs/NAME --shard 0/8            # several GPUs, a process on each
 
 A decoder is "greedy", "sample" or "sample@T" with a temperature T. Nothing else shapes
 the distribution: no top-k and no top-p, whatever the checkpoint says. em_inf.py has the
@@ -47,6 +48,7 @@ from tasks.arguments import (  # noqa: F401
     nonnegative,
     positive,
     positive_int,
+    shard,
     two_or_more,
     whole_number,
 )
@@ -363,6 +365,8 @@ def main(argv=None):
     add("--device", help="cuda, mps or cpu; without it the first there is")
     add("--out", help="folder for the results; without it a new one in runs/")
     add("--resume", metavar="FOLDER", help="go on with an interrupted evaluation")
+    add("--shard", type=shard, metavar="I/N", help="do the I-th of N parts (from 0), in the --out "
+        "that the other parts have too; the last one to end prints the table")
     add("--regrade", metavar="FOLDER", help="grade samples again and print the table")
     add("--compare", nargs=2, metavar="FOLDER", help="paired difference of two evaluations")
     add("--diagnose", action="store_true", help="will EM help this model? Takes 8 answers to "
@@ -381,13 +385,18 @@ def main(argv=None):
             args.n = args.n if args.n > 1 else 8
         if args.resume and args.out:
             raise ValueError(f"--out {args.out}: --resume goes on in its own folder")
-        if args.resume:
-            saved = read_config(args.resume, "eval.py")
+        if args.shard and not (args.out or args.resume):
+            raise ValueError("--shard: all parts need the same --out")
+        begun = args.resume
+        if args.shard and args.out and Path(args.out, "config.json").exists():
+            begun = args.out  # by another part
+        if begun:
+            saved = read_config(begun, "eval.py")
             args = parser.parse_args(argv, argparse.Namespace(**saved))
             for key in saved:
                 if vars(args)[key] != saved[key]:
-                    raise ValueError(f"--resume {args.resume}: it began with {key} {saved[key]}, "
-                                     f"so {vars(args)[key]} needs a new folder")
+                    raise ValueError(f"{begun} began with {key} {saved[key]}, so "
+                                     f"{vars(args)[key]} needs a new folder")
 
         # --------------------------------------------------------------------------- set-up
         device, dtype = set_up(args.device)
@@ -399,15 +408,17 @@ def main(argv=None):
             problems[data] = load_gradable(data, args.limit, args.allow_code_execution)
         model, tokenizer = load_model(args.model, device, dtype)
         head = output_head(model, encode_prompt(tokenizer, "Which prime is even?"))
-        folder = args.resume or args.out
+        folder = begun or args.out
         folder = Path(folder) if folder else fresh_folder("runs/eval")
-        if not args.resume and (folder / "config.json").exists():
+        if not begun and (folder / "config.json").exists():
             raise FileExistsError(f"{folder} is in use: --resume {folder}, or another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock(folder)  # noqa: F841, until the process ends
-        if not args.resume:
+        first, parts = args.shard or (0, 1)
+        suffix = f"-{first}" if args.shard else ""
+        held = lock(folder, f"lock{suffix}")  # noqa: F841, until the process ends
+        if not begun:
             settings = {"script": "eval.py"} | vars(args)
-            for key in ("resume", "regrade", "compare", "out", "device"):
+            for key in ("resume", "regrade", "compare", "out", "device", "shard"):
                 del settings[key]
             replace_file(folder / "config.json", json.dumps(settings, indent=1) + "\n")
     except (OSError, ValueError) as error:
@@ -419,23 +430,26 @@ def main(argv=None):
 
     # --------------------------------------------------------------------------- evaluation
     # A job is some of the problems, with one decoder and one seed: it is written at once.
-    done = {}
-    for sample in read_jsonl(folder / "samples.jsonl"):
-        done[sample["data"], sample["decoder"], sample["seed"], sample["place"]] = sample
-    jobs = []
+    done = set()
+    for path in folder.glob("samples*.jsonl"):  # one of each part
+        for sample in read_jsonl(path):
+            done.add((sample.get("job"), sample.get("place")))
+    jobs, job, total = [], 0, 0
     for data, decoder, seed in itertools.product(problems, args.decode, range(1, args.seeds + 1)):
         n = args.n if temperatures[decoder] else 1
         if seed > 1 and not temperatures[decoder]:
             continue  # there is no chance in greedy decoding
         size = max(1, args.rollout_batch // n)
-        for first in range(0, len(problems[data]), size):
-            some = problems[data][first : first + size]
-            places = range(first * n, (first + len(some)) * n)
-            if not all((data, decoder, seed, place) in done for place in places):
-                jobs.append((data, decoder, seed, some, places, n))
+        for start in range(0, len(problems[data]), size):
+            some = problems[data][start : start + size]
+            places = range(start * n, (start + len(some)) * n)
+            finished = all((job, place) in done for place in places)
+            if job % parts == first and not finished:
+                jobs.append((job, data, decoder, seed, some, places, n))
+            job, total = job + 1, total + len(places)
     bar = tqdm(jobs, unit="job", leave=False, delay=5)
     try:
-        for data, decoder, seed, some, places, n in bar:
+        for job, data, decoder, seed, some, places, n in bar:
             bar.set_description(f"{Path(data).stem} {decoder}, seed {seed}")
             samples = evaluate(
                 model, tokenizer, head, some, temperatures[decoder], args.max_new_tokens,
@@ -443,9 +457,12 @@ def main(argv=None):
                 allow_code=args.allow_code_execution,
             )
             for place, sample in zip(places, samples):
-                sample.update(data=data, decoder=decoder, seed=seed, place=place)
-            append_jsonl(folder / "samples.jsonl", samples)
+                sample.update(data=data, decoder=decoder, seed=seed, job=job, place=place)
+            append_jsonl(folder / f"samples{suffix}.jsonl", samples)
         results = read_samples(folder)
+        missing = total - sum(map(len, results.values()))
+        if missing:
+            return print(f"\nthis part is done; {missing:,} of {total:,} samples are the others'")
         if args.diagnose:
             pairs = list(results.items())
             for (_, greedy), (name, sampled) in zip(pairs[::2], pairs[1::2]):

@@ -38,6 +38,14 @@ def growth(text):
     return float(text)
 
 
+def shard(text):
+    """"2/8" -> (2, 8): the third of eight parts."""
+    part, _, parts = text.partition("/")
+    if not 0 <= int(part) < int(parts):
+        raise argparse.ArgumentTypeError(f"{text} is not one of 0/N, 1/N, ... and (N - 1)/N")
+    return int(part), int(parts)
+
+
 def comma_list(text):
     """"a,b" -> its parts, each of which stands there once."""
     parts = text.split(",")

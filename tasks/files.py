@@ -3,18 +3,19 @@ Files of a run that a kill, a full disk or a second process cannot spoil.
 """
 import itertools
 import json
+import os
 import time
 from pathlib import Path
 
 import filelock
 
 
-def lock(folder):
+def lock(folder, name="lock"):
     """Lock a folder as long as the result is kept, or the process lives, however it ends.
 
     Raises OSError where another process has it.
     """
-    held = filelock.FileLock(Path(folder) / "lock", is_singleton=True)  # one for a process
+    held = filelock.FileLock(Path(folder) / name, is_singleton=True)  # one for a process
     try:
         held.acquire(blocking=False)
     except filelock.Timeout:
@@ -61,7 +62,7 @@ def append_jsonl(path, rows):
 
 def replace_file(path, text):
     """Write a file beside its old version, then rename: a kill leaves the one or the other."""
-    new = path.with_name(path.name + ".new")
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")  # shards may write the same file
     new.write_text(text, encoding="utf-8")
     new.replace(path)
 
@@ -83,9 +84,14 @@ def read_config(folder, script=None):
 
 
 def read_samples(folder):
-    """{"DATA DECODER": samples} of an evaluation's folder; a sample's later line counts."""
+    """{"DATA DECODER": samples} of an evaluation's folder, those of all shards in the order in
+    which one process would have drawn them. A sample's later line counts."""
+    rows = []
+    for path in sorted(Path(folder).glob("samples*.jsonl")):
+        rows += read_jsonl(path)
+    rows.sort(key=lambda sample: (sample.get("job", 0), sample.get("place", 0)))
     samples = {}
-    for sample in read_jsonl(Path(folder) / "samples.jsonl"):
+    for sample in rows:
         if "place" not in sample:
             raise ValueError(f"{folder}: samples of another script; give eval.py's own folder")
         samples[sample["data"], sample["decoder"], sample["seed"], sample["place"]] = sample

@@ -206,6 +206,22 @@ def test_an_evaluation_goes_on_and_its_samples_give_the_table(room, tmp_path, mo
     assert capsys.readouterr().out.strip() in table
 
 
+def test_shards_in_one_folder_give_the_table_of_one_process(room, tmp_path, capsys):
+    shared = SETTINGS + [str(tmp_path / "shared"), "--shard"]
+    ev.main(shared + ["0/2"])
+    assert "19 of 45 samples" in capsys.readouterr().out
+    first = tmp_path / "shared/samples-0.jsonl"
+    first.write_text(first.read_text()[:-30])  # killed
+    with pytest.raises(SystemExit, match="began with limit 9"):
+        ev.main(shared + ["1/2", "--limit", "8"])
+    ev.main(shared + ["1/2"])
+    assert "1 of 45 samples" in capsys.readouterr().out
+    ev.main(shared + ["0/2"])
+    assert found(tmp_path / "shared") == found(room / "whole")
+    ev.main(["--resume", str(tmp_path / "shared")])  # in one process there is nothing left to do
+    assert len(list((tmp_path / "shared").glob("samples*"))) == 2
+
+
 def test_data_of_one_stem_stay_apart_and_each_has_its_diagnosis(tmp_path, capsys):
     other = tmp_path / "test.jsonl"
     other.write_text(DATA.read_text().split("\n", 200)[200])
@@ -232,6 +248,8 @@ EVAL = """--limit 0
 --resume run: run em_rl.py
 --resume whole: another process
 --resume whole --limit 5: limit 9 5
+--shard 2/2 --out new: 2/2
+--shard 0/2: --out
 --resume whole --n 3: n 2 3
 --resume whole --model other: model other
 --regrade nowhere: nowhere samples.jsonl
