@@ -203,19 +203,12 @@ def main(argv=None):
 
         # log
         seconds, tokens = time.time() - started, lengths.sum().item()
-        row = {
-            "step": step,
-            "entropy": entropy.sum().item() / tokens,
-            "kl": k3(old_logprobs, ref_logprobs)[mask].mean().item(),
-            "length": tokens / (B * N),
-            "truncated": sum(ids[-1] not in stop for ids in responses) / (B * N),
-            "grad_norm": grad_norm,
-            "changed": changed,
-            "tokens": tokens,
-            "flops": flops * sum(sizes),
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
+        row = dict(step=step, grad_norm=grad_norm, changed=changed, tokens=tokens, seconds=seconds)
+        row["entropy"] = entropy.sum().item() / tokens
+        row["kl"] = k3(old_logprobs, ref_logprobs)[mask].mean().item()
+        row["length"] = tokens / (B * N)
+        row["truncated"] = sum(ids[-1] not in stop for ids in responses) / (B * N)
+        row["flops"] = flops * sum(sizes)
 
         # evaluate, and let the guard look
         collapse = run.collapsed(history + [row], args.guard)

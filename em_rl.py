@@ -13,7 +13,8 @@ in it, and those above the mean of their prompt's other N - 1 (RLOO) become more
     A_i = r_i - mean of the other N - 1 rewards
     objective = A_i log pi(y_i | x) - beta KL(pi || initial model), over the batch's tokens
 
-A reward is a constant, without a gradient of its own: em_ft.py has the entropy's own gradient.
+A reward is a constant, without a gradient of its own: em_ft.py has the entropy's own gradient,
+and --entropy-coef adds it here (see `entropy_weights`). `reward` has the other rewards.
 
 A response's tokens include the end-of-sequence token that it drew. One that never ends is cut
 at --max-new-tokens and counts like any other. Labels are read for the report only (held-out
@@ -26,9 +27,11 @@ Departures from the paper (arXiv 2505.15134) and its released trainer:
   - The objective is divided by all tokens of the update: every token weighs the same.
   - A reward is the mean over tokens, as released. The paper's formulas sum (--reward-norm sum).
   - One on-policy update per batch, as in the paper. The released trainer splits the batch into
-    four, with the ratio clipped (--updates 4), and adds 0.001 x mean entropy to the objective.
+    four, with the ratio clipped (--updates 4), and adds 0.001 x mean entropy to the objective
+    (--entropy-coef 0.001), against its own reward.
 """
 import argparse
+import math
 import random
 import sys
 import time
@@ -47,6 +50,7 @@ from eval import (
     load_model,
     load_problems,
     nonnegative,
+    number_or_exact,
     positive,
     positive_int,
     set_up,
@@ -73,25 +77,40 @@ TINY = dict(
     rollout_batch=256,
     checkpointing=False,
 )
-REWARDS = "token sequence correct consistency random length correct+token correct+sequence".split()
+REWARDS = (
+    "token sequence self-certainty majority consistency empo format random length "
+    "correct correct+token correct+sequence"
+).split()
 
 
-def reward(name, entropy, logprobs, mask, texts, problems, norm="mean"):
-    """One number for each response: (B, N, T) each, and B*N texts and problems -> (B, N)."""
-    B, N, _ = mask.shape
+def reward(name, N, confidence, mask, texts, problems, norm="mean"):
+    """One number for each of B*N responses, a prompt's N side by side: -> (B, N).
+
+    confidence    by reward, nats of each token (B*N, T); its mean or sum is the reward
+    mask          (B*N, T), which of them belong to the response
+    texts         the responses, and problems those of each of them
+    """
+    if name in confidence:  # token, sequence, self-certainty
+        total = (confidence[name] * mask).sum(-1)
+        return (total / mask.sum(-1) if norm == "mean" else total).view(-1, N)
     if name == "correct":  # the only one that reads labels
         right = [is_correct(text, problem) for text, problem in zip(texts, problems)]
-        return entropy.new_tensor(right).view(B, N)
-    if name == "consistency":  # share of the prompt's N responses with the same answer
-        counts = [votes(texts[i : i + N]) for i in range(0, B * N, N)]
-        return entropy.new_tensor(counts) / N
+        return torch.tensor(right, device=mask.device).float().view(-1, N)
     if name == "random":  # a control, as is the next
-        return torch.rand(B, N, device=mask.device)
+        return torch.rand(len(texts) // N, N, device=mask.device)
     if name == "length":
-        return mask.sum(-1).float()
-    confidence = -entropy if name == "token" else logprobs  # (B, N, T), nats
-    total = (confidence * mask).sum(-1)
-    return total / mask.sum(-1) if norm == "mean" else total
+        return mask.sum(-1).float().view(-1, N)
+    # the others ask how many of the prompt's N responses have a response's answer (0: no answer)
+    counts = [votes(texts[i : i + N]) for i in range(0, len(texts), N)]
+    counts = torch.tensor(counts, device=mask.device)  # (B, N)
+    most = counts.amax(1, keepdim=True)
+    if name == "format":  # has it an answer at all?
+        return (counts > 0).float()
+    if name == "majority":  # TTRL, SRT: no other answer is more common
+        return ((counts == most) & (counts > 0)).float()
+    if name == "empo":  # EMPO: as consistency, but nothing where all answers differ
+        counts = counts * (most > 1)
+    return counts / N  # consistency, the paper's SC-RL
 
 
 def advantage(kind, rewards):
@@ -101,6 +120,20 @@ def advantage(kind, rewards):
         return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
+
+
+def entropy_weights(coef, lengths, norm):
+    """What a token's entropy counts in the objective: (B*N,) lengths -> (B*N, 1).
+
+    `exact` gives it the weight that it has in the token reward, -1 or, in the mean, -1 / length.
+    Then the objective has the reward's whole gradient, which is in expectation that of the
+    sequence reward, with each token's log-prob averaged over all tokens that might have been
+    drawn (Rao-Blackwell). So it is for sums, and for means where lengths are equal.
+    """
+    weights = torch.ones_like(lengths[:, None], dtype=torch.float32)
+    if coef != "exact":
+        return coef * weights
+    return -weights / lengths[:, None] if norm == "mean" else -weights
 
 
 @run.command
@@ -130,6 +163,9 @@ def main(argv=None):
     add("--reward", choices=REWARDS, default="token", help="what a response is paid for")
     add("--reward-norm", choices=["mean", "sum"], default="mean", help="over tokens")
     add("--advantage", choices=["rloo", "grpo"], default="rloo", help="baseline of a reward")
+    add("--entropy-coef", type=number_or_exact, default=0.0, metavar="C",
+        help="adds C x entropy to the objective: 0.001 as released, below 0 EM-FT's gradient, or "
+        "exact: the token reward's own gradient")
     add("--clip", type=positive, default=0.2, help="of the ratio, for --updates 2 and more")
     add("--beta", type=nonnegative, default=0.001, help="weight of the KL; 0: no KL")
     add("--rollouts", type=two_or_more, default=4, metavar="N", help="responses per prompt")
@@ -212,13 +248,19 @@ def main(argv=None):
                 )
 
         # reward: how sure the policy was; advantage: against the prompt's other N - 1
+        confidence = {"token": -entropy, "sequence": old_logprobs}  # (B*N, T), nats
+        if args.reward == "self-certainty":  # KL(uniform || pi), of another pass
+            _, mean_logprobs, _ = score_all(
+                model, head, prompts, responses, args.temperature, 2 * args.budget, mean=True
+            )
+            confidence["self-certainty"] = -mean_logprobs - math.log(len(head["weight"]))
         rewards = torch.zeros(B, N, device=device)
         for name in args.reward.split("+"):
             rewards += reward(
-                name, entropy.view(B, N, -1), old_logprobs.view(B, N, -1), mask.view(B, N, -1),
-                texts=texts, problems=problems, norm=args.reward_norm,
+                name, N, confidence, mask, texts=texts, problems=problems, norm=args.reward_norm
             )
         advantages = advantage(args.advantage, rewards).view(B * N, 1)
+        weights = entropy_weights(args.entropy_coef, lengths, args.reward_norm)
 
         # update: a step on each K-th of the prompts (K = 1: on-policy), in micro-batches
         model.train()
@@ -237,6 +279,7 @@ def main(argv=None):
                 # is 1, and the gradient of ratio x advantage is advantage x that of log pi
                 bounded = ratio.clamp(1 - args.clip, 1 + args.clip)
                 objective = torch.min(ratio * advantages[micro], bounded * advantages[micro])
+                objective = objective + weights[micro] * new_entropy  # 0, unless asked for
                 if args.beta:
                     kl = k3(new_logprobs, ref_logprobs[micro, :t])
                     objective = objective - args.beta * kl
@@ -249,21 +292,14 @@ def main(argv=None):
 
         # log
         seconds, tokens = time.time() - started, lengths.sum().item()
-        row = {
-            "step": step,
-            "entropy": entropy.sum().item() / tokens,
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std(1).mean().item(),
-            "kl": k3(old_logprobs, ref_logprobs)[mask].mean().item(),
-            "length": tokens / (B * N),
-            "truncated": sum(ids[-1] not in stop for ids in responses) / (B * N),
-            "grad_norm": grad_norm,
-            "changed": changed,
-            "tokens": tokens,
-            "flops": flops * sum(sizes),
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-        }
+        row = dict(step=step, grad_norm=grad_norm, changed=changed, tokens=tokens, seconds=seconds)
+        row["entropy"] = entropy.sum().item() / tokens
+        row["reward"] = rewards.mean().item()
+        row["reward_std"] = rewards.std(1).mean().item()
+        row["kl"] = k3(old_logprobs, ref_logprobs)[mask].mean().item()
+        row["length"] = tokens / (B * N)
+        row["truncated"] = sum(ids[-1] not in stop for ids in responses) / (B * N)
+        row["flops"] = flops * sum(sizes)
 
         # evaluate, and let the guard look
         collapse = run.collapsed(history + [row], args.guard)

@@ -68,7 +68,8 @@ def entropy_and_logprob(
     """Entropy and log-prob of targets, straight from the last hidden states.
 
     Takes hidden (N, D), weight (V, D), targets (N,) and perhaps a bias (V,), and gives
-    entropy (N,) and log-prob (N,), in nats. The result is the same as
+    entropy (N,) and log-prob (N,), in nats. Without targets, None, the second is the mean of
+    the log-probs of all V tokens. The result is the same as
 
         logits = scale * (hidden @ weight.T + bias)
         logits = softcap * tanh(logits / softcap)    # Gemma; None leaves it out
@@ -99,7 +100,7 @@ def entropy_and_logprob(
             "give both one dtype, or turn autocast on"
         )
     V = len(weight)
-    if len(targets) and not 0 <= targets.min() <= targets.max() < V:
+    if targets is not None and len(targets) and not 0 <= targets.min() <= targets.max() < V:
         low, high = targets.min().item(), targets.max().item()
         raise ValueError(f"targets go from {low} to {high}: they must be in 0 .. {V - 1}")
     block = block or (2**20 if device == "cpu" else 2**26)
@@ -152,8 +153,11 @@ class _EntropyAndLogprob(torch.autograd.Function):
         for i, j in blocks_of(N, V, block):
             bias_j = None if bias is None else bias[j]
             z = block_of_logits(hidden[i], weight[j], bias_j, *ctx.head)  # (n, v)
-            column, inside = find_targets(targets[i], j)
-            target[i] = torch.where(inside, z.gather(-1, column), target[i])
+            if targets is None:
+                target[i] += z.sum(-1, keepdim=True) / V
+            else:
+                column, inside = find_targets(targets[i], j)
+                target[i] = torch.where(inside, z.gather(-1, column), target[i])
             new_m = torch.maximum(m[i], z.amax(-1, keepdim=True))
             shift = (m[i] - new_m).clamp_(min=-1e4)  # -inf at first, where s = t = 0
             p = z.sub_(new_m).exp()
@@ -183,11 +187,15 @@ class _EntropyAndLogprob(torch.autograd.Function):
             z = block_of_logits(hidden[i], weight[j], bias_j, *ctx.head)  # (n, v)
             if softcap is not None:
                 slope = 1 - (z * (temperature / softcap)).square_()  # of tanh
-            # dL/dz = -a p (log p + H) - b p, and b more at the target; log p = z - lse
+            # dL/dz = -a p (log p + H) - b p, and b more at the target, or b / V everywhere;
+            # log p = z - lse
             p = (z - lse[i]).exp_()
             grad = z.mul_(-a[i]).add_(offset[i]).mul_(p)
-            column, inside = find_targets(targets[i], j)
-            grad.scatter_add_(-1, column, b[i] * inside)
+            if targets is None:
+                grad.add_(b[i] / len(weight))
+            else:
+                column, inside = find_targets(targets[i], j)
+                grad.scatter_add_(-1, column, b[i] * inside)
             if softcap is not None:
                 grad.mul_(slope)
             if scale != temperature:
@@ -270,11 +278,12 @@ def batches(lengths, budget, indices=None, count=None):
     return groups
 
 
-def score(model, head, prompts, responses, temperature=1.0):
+def score(model, head, prompts, responses, temperature=1.0, mean=False):
     """Entropy and log-prob of every response token, differentiable, in nats.
 
     B prompts and responses (token ids) -> entropy, logprobs, mask, each (B, T), with T the
     longest response: a row has its own tokens first, and zeros behind them, as the mask says.
+    With `mean`, the log-probs are means over the vocabulary instead of the tokens' own.
     `head` comes from `output_head`. Padding stands on the right, where causal attention never
     looks, so no attention mask is needed.
     """
@@ -286,7 +295,7 @@ def score(model, head, prompts, responses, temperature=1.0):
     place = torch.arange(1, ids.shape[1], device=model.device)  # of each token but the first
     is_response = (place >= begin) & (place < begin + length)  # (B, L - 1)
     states = hidden[:, :-1][is_response]  # (tokens, D): what predicts each response token
-    targets = ids[:, 1:][is_response]
+    targets = None if mean else ids[:, 1:][is_response]
     values = entropy_and_logprob(states, targets=targets, temperature=temperature, **head)
     mask = torch.arange(length.max(), device=model.device) < length  # (B, T)
     zeros = torch.zeros_like(mask, dtype=torch.float32)
@@ -296,7 +305,7 @@ def score(model, head, prompts, responses, temperature=1.0):
 
 
 @torch.no_grad()
-def score_all(model, head, prompts, responses, temperature=1.0, budget=2**16):
+def score_all(model, head, prompts, responses, temperature=1.0, budget=2**16, mean=False):
     """`score` without a graph, in micro-batches of at most `budget` tokens."""
     T = max(len(response) for response in responses)
     entropy = torch.zeros(len(responses), T, device=model.device)
@@ -306,7 +315,7 @@ def score_all(model, head, prompts, responses, temperature=1.0, budget=2**16):
     for rows in tqdm(batches(lengths, budget), desc="score", leave=False, delay=5):
         some_prompts = [prompts[i] for i in rows]
         some_responses = [responses[i] for i in rows]
-        some = score(model, head, some_prompts, some_responses, temperature)
+        some = score(model, head, some_prompts, some_responses, temperature, mean)
         t = some[0].shape[1]
         entropy[rows, :t] = some[0]
         logprobs[rows, :t] = some[1]

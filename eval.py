@@ -46,6 +46,7 @@ from tasks.arguments import (  # noqa: F401
     comma_list,
     growth,
     nonnegative,
+    number_or_exact,
     positive,
     positive_int,
     shard,

@@ -21,7 +21,7 @@ import em_rl
 import entropy
 import eval as ev  # the name of a Python built-in
 from em_inf import AdaptiveTemperature, EMInf, adaptive_temperature, minimize_entropy
-from em_rl import advantage, reward
+from em_rl import advantage, entropy_weights, reward
 from entropy import batches, entropy_and_logprob, k3, output_head, score, score_all, token_entropy
 from tests.models import ARCHITECTURES, ROOT, TINY, random_model, rows_of
 from training.optimizer import MasterAdamW
@@ -88,9 +88,12 @@ def whole(hidden, weight, targets, bias=0.0, scale=1.0, softcap=None, temperatur
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     policy = Categorical(logits=logits / temperature)
+    if targets is None:
+        return policy.entropy(), policy.logits.mean(-1)
     return policy.entropy(), policy.log_prob(targets)
 
 
+@cases("mean", [False, True])
 @cases("block", [1, 3, 12, None])
 @cases("biased", [True, False])
 @cases("head", [
@@ -100,8 +103,9 @@ def whole(hidden, weight, targets, bias=0.0, scale=1.0, softcap=None, temperatur
     dict(temperature=0.6),
     dict(scale=1.7, softcap=2.0, temperature=0.6),
 ])
-def test_blocks_give_values_and_gradients_of_whole_logits(head, biased, block):
+def test_blocks_give_values_and_gradients_of_whole_logits(head, biased, block, mean):
     h, w, t, b = head_inputs()
+    t = None if mean else t
     inputs = (h, w, b) if biased else (h, w)
     got = torch.stack(entropy_and_logprob(h, w, t, *inputs[2:], block=block, **head))
     wanted = torch.stack(whole(h, w, t, *inputs[2:], **head))
@@ -195,6 +199,11 @@ def test_padded_rows_head_and_shift_are_as_in_whole_logits_alone(kind, temperatu
     assert relative(got, gradient(total, parameters)) < 1e-4
     micro = score_all(model, head, prompts, responses, temperature, budget=40)
     assert_close(micro, rows, atol=1e-5, rtol=1e-5)
+    _, L, _ = score_all(model, head, prompts, responses, temperature, budget=40, mean=True)
+    for i, response in enumerate(responses):
+        logits = model(torch.tensor([prompts[i] + response])).logits[0, len(prompts[i]) - 1 : -1]
+        mean = (logits / temperature).log_softmax(-1).mean(-1)
+        assert_close(L[i, : len(response)], mean, atol=1e-4, rtol=1e-4)
 
 
 def test_an_unknown_output_head_is_an_error():
@@ -354,21 +363,41 @@ def test_a_processor_is_its_function_and_counts_what_it_has_done():
 def test_rewards_by_hand_and_nothing_behind_the_mask():
     texts = [r"\boxed{0.5}", r"\boxed{\frac{1}{2}}", "1/2", r"\boxed{3}"]
     texts += ["", "", r"\boxed{7", r"\boxed{7}"]
-    problems = [{"answer": "1/2"}] * 4 + [{"answer": "7"}] * 4
-    H, L, mask = torch.ones(3, 2, 4, 3)
-    mask[0, 0, 2] = 0
-    H[0, 0], L[0, 0] = torch.tensor([[1.0, 3.0, 9.0], [-2.0, -4.0, 9.0]])
-    rows = H, L, mask, texts, problems
-    for name, norm, first, second in [
-        ("token", "sum", [-4, -3, -3, -3], [-3] * 4),
-        ("token", "mean", [-2, -1, -1, -1], [-1] * 4),
-        ("sequence", "sum", [-6, 3, 3, 3], [3] * 4),
-        ("consistency", "mean", [0.5, 0.5, 0, 0.25], [0, 0, 0, 0.25]),
-        ("correct", "mean", [1, 1, 0, 0], [0, 0, 0, 1]),
-        ("length", "mean", [2, 3, 3, 3], [3] * 4),
+    texts += [r"\boxed{1}", r"\boxed{2}", r"\boxed{2.0}", r"\boxed{1}"]
+    texts += [r"\boxed{1}", r"\boxed{2}", r"\boxed{3}", ""]
+    problems = [{"answer": "1/2"}] * 4 + [{"answer": "7"}] * 4 + [{"answer": "2"}] * 8
+    H, L, K, mask = torch.ones(4, 16, 3)
+    mask[0, 2] = 0
+    H[0], L[0], K[0] = torch.tensor([[1.0, 3.0, 9.0], [-2.0, -4.0, 9.0], [5.0, 1.0, 9.0]])
+    confidence = {"token": -H, "sequence": L, "self-certainty": K}
+    for name, norm, first, *others in [
+        ("token", "sum", [-4, -3, -3, -3], [-3] * 4, [-3] * 4, [-3] * 4),
+        ("token", "mean", [-2, -1, -1, -1], [-1] * 4, [-1] * 4, [-1] * 4),
+        ("sequence", "sum", [-6, 3, 3, 3], [3] * 4, [3] * 4, [3] * 4),
+        ("self-certainty", "mean", [3, 1, 1, 1], [1] * 4, [1] * 4, [1] * 4),
+        ("majority", "mean", [1, 1, 0, 0], [0, 0, 0, 1], [1] * 4, [1, 1, 1, 0]),
+        ("consistency", "mean", [0.5, 0.5, 0, 0.25], [0, 0, 0, 0.25], [0.5] * 4, [0.25] * 3 + [0]),
+        ("empo", "mean", [0.5, 0.5, 0, 0.25], [0] * 4, [0.5] * 4, [0] * 4),
+        ("format", "mean", [1, 1, 0, 1], [0, 0, 0, 1], [1] * 4, [1, 1, 1, 0]),
+        ("correct", "mean", [1, 1, 0, 0], [0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0]),
+        ("length", "mean", [2, 3, 3, 3], [3] * 4, [3] * 4, [3] * 4),
     ]:
-        assert reward(name, *rows, norm=norm).tolist() == [first, second]
-    assert len(reward("random", *rows).unique()) == 8
+        got = reward(name, 4, confidence, mask, texts, problems, norm)
+        assert got.tolist() == [first, *others], name
+    draws = [reward("random", 4, confidence, mask, texts, problems) for _ in range(4)]
+    assert len(torch.stack(draws).unique()) == 64
+
+
+@cases("name", [name for name in em_rl.REWARDS if "correct" not in name])
+def test_no_reward_but_correct_reads_a_label(name):
+    texts = [r"\boxed{1}", "2"] * 4
+    rows = torch.rand(3, 8, 5)
+    confidence = {"token": rows[0], "sequence": rows[1], "self-certainty": rows[2]}
+    got = []
+    for problem in {}, {"answer": "1"}:
+        torch.manual_seed(0)
+        got.append(reward(name, 4, confidence, torch.ones(8, 5), texts, [problem] * 8))
+    assert torch.equal(*got)
 
 
 @cases("shift", [0, 100])
@@ -397,7 +426,8 @@ def test_on_a_bandit_both_rewards_go_for_the_sure_arm(name):
         second = Categorical(logits=after[arms])
         H = torch.stack([first.entropy(), second.entropy()], -1)
         L = torch.stack([first.log_prob(arms), second.log_prob(second.sample())], -1)
-        r = reward(name, H, L, torch.ones_like(H), None, problems=None).detach()
+        confidence = {"token": -H.view(256, 2), "sequence": L.view(256, 2)}
+        r = reward(name, 4, confidence, torch.ones(256, 2), [], []).detach()
         objective = (advantage("rloo", r)[..., None] * L).mean()
         theta.data += gradient(objective, [theta])
     assert theta.softmax(-1)[0] > 0.9
@@ -410,7 +440,7 @@ def test_the_sequence_rewards_gradient_is_the_token_rewards_plus_em_fts():
     responses = [prefix + (2,) for prefix in prefixes]
     responses += itertools.product((0, 1), repeat=3)
     logits = torch.randn(7, 3).double().requires_grad_()
-    sequence, token, em_ft = 0.0, 0.0, 0.0
+    sequence, token, em_ft, exact = 0.0, 0.0, 0.0, 0.0
     for response in responses:
         places = [prefixes.index(response[:t]) for t in range(len(response))]
         policy = Categorical(logits=logits[places])
@@ -419,8 +449,11 @@ def test_the_sequence_rewards_gradient_is_the_token_rewards_plus_em_fts():
         sequence -= p * L.detach() * L
         token -= p * -H.detach() * L
         em_ft += p * H
-    grads = [gradient(loss, [logits]) for loss in (sequence, token, em_ft)]
+        weight = entropy_weights("exact", torch.tensor([len(response)]), "sum")
+        exact -= p * (-H.detach() * L + weight[0, 0] * H)  # em_rl.py's objective
+    grads = [gradient(loss, [logits]) for loss in (sequence, token, em_ft, exact)]
     assert_close(grads[0], grads[1] + grads[2])
+    assert_close(grads[0], grads[3])
     assert min(grads[1].norm(), grads[2].norm()) > 0.1
 
 
@@ -485,6 +518,11 @@ def check_gradients(seen, objective, beta, temperature):
 
 @cases("name, norm, kind, beta, temperature, noise", [
     ("token", "mean", "rloo", 0, 1, 0),
+    ("token --entropy-coef 0.3", "mean", "rloo", 0, 0.7, 0),
+    ("token --entropy-coef exact", "mean", "rloo", 0, 1, 0),
+    ("token --entropy-coef exact", "sum", "grpo", 0.5, 1, 0.3),
+    ("self-certainty", "mean", "rloo", 0, 0.7, 0),
+    ("self-certainty", "sum", "grpo", 0.5, 1, 0),
     ("token", "sum", "rloo", 0.5, 0.7, 0),
     ("token", "mean", "rloo", 0.5, 1, 0.3),
     ("sequence", "mean", "rloo", 0, 0.7, 0),
@@ -499,21 +537,28 @@ def test_em_rl_gradient_is_plain_ppo_of_rows_alone(
     flags += " --clip 0.1 --checkpointing --rollout-batch 5"
     seen = first_step(em_rl, flags, temperature, noise)
     tokenizer = ev.load_model(TINY, "cpu")[1]
+    name, _, coef = name.partition(" --entropy-coef ")
+    model = ev.load_model(TINY, "cpu")[0].double()
     old, r, clipped = [], torch.zeros(12), []
     for i, (H, L) in enumerate(seen.start):
         old.append(L + seen.noise[i, : len(L)])
-        row = torch.stack([H, old[i], torch.ones_like(L)])[:, None, None]
-        text = tokenizer.decode(seen.responses[i])
-        problem = PROBLEMS[tokenizer.decode(seen.prompts[i]).strip()]
+        prompt, response = seen.prompts[i], seen.responses[i]
+        logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        certainty = -(logits / temperature).log_softmax(-1).mean(-1) - math.log(logits.shape[-1])
+        confidence = {"token": -H, "sequence": old[i], "self-certainty": certainty}
+        confidence = {key: values[None].detach() for key, values in confidence.items()}
+        text, problem = tokenizer.decode(response), PROBLEMS[tokenizer.decode(prompt).strip()]
         for part in name.split("+"):
-            r[i] += reward(part, *row, texts=[text], problems=[problem], norm=norm).item()
+            mask = torch.ones(1, len(L))
+            r[i] += reward(part, 1, confidence, mask, [text], [problem], norm).item()
     A = advantage(kind, r.view(4, 3)).flatten()
 
     def surrogate(i, H, L):
         ratio = (L - old[i]).exp()
         bounded = ratio.clamp(max=1.1) if A[i] > 0 else ratio.clamp(min=0.9)
         clipped.append((bounded != ratio).any().item())
-        return A[i] * bounded
+        weight = -1 / (len(L) if norm == "mean" else 1) if coef == "exact" else float(coef or 0)
+        return A[i] * bounded + weight * H
 
     check_gradients(seen, surrogate, beta, temperature)
     assert any(clipped[6:]) and any(clipped[:6]) == (noise > 0)

@@ -32,6 +32,12 @@ def nonnegative(text):
     return 0.0 if float(text) == 0 else positive(text)
 
 
+def number_or_exact(text):
+    if text != "exact" and not -1e30 < float(text) < 1e30:
+        raise argparse.ArgumentTypeError(f"{text} is neither a number nor the word exact")
+    return text if text == "exact" else float(text)
+
+
 def growth(text):
     if float(text) != 0 and not 1 < float(text) < 1e30:
         raise argparse.ArgumentTypeError(f"{text} is neither 0 nor a number above 1")

@@ -59,7 +59,7 @@ def results(folder):
     rows = read_jsonl(folder / "samples.jsonl")
     for path in folder.glob("metrics.csv"):
         rows += read_rows(path)
-    found = {str(row | {"seconds": 0, "tokens_per_second": 0}) for row in rows}
+    found = {str(row | {"seconds": 0}) for row in rows}
     for path in folder.glob("*t/*.safetensors"):  # best and checkpoint
         found.add((path.parent.name, path.read_bytes()))
     return found

@@ -62,7 +62,7 @@ def here(tmp_path, monkeypatch, finished):
 def metrics(folder):
     """The rows of metrics.csv, without times."""
     rows = run.read_rows(Path(folder, "metrics.csv"))
-    return [row | {"seconds": 0, "tokens_per_second": 0} for row in rows]
+    return [row | {"seconds": 0} for row in rows]
 
 
 def outcome(folder):
@@ -114,7 +114,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags):
     (em_rl, "--reward correct --advantage grpo --guard 0"),
     (em_rl, "--reward correct+token --rollouts 2 --max-prompt-tokens 30 --seed 0"),
     (em_rl, "--reward consistency --temperature 0.7 --offload"),
-    (em_rl, "--reward length --checkpointing --grad-clip 0.1"),
+    (em_rl, "--reward length --checkpointing --grad-clip 0.1 --entropy-coef 0.001"),
+    (em_rl, "--reward self-certainty --entropy-coef exact"),
     (em_ft, "--loss sft --checkpointing --rollouts 4 --rollout-batch 3"),
     (em_ft, "--temperature 0.7 --updates 4 --dtype bfloat16"),
 ])
@@ -123,6 +124,19 @@ def test_every_option_runs(script, flags):
     row = metrics("new")[-1]
     assert row["step"] == 2 and row["entropy"] > 0 and math.isfinite(row["grad_norm"])
     assert row["changed"] > 0.9 or row["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("name", em_rl.REWARDS)
+def test_only_correct_reads_labels(name):
+    lines = (ROOT / "tiny/train.jsonl").read_text().splitlines()[:32]
+    bare = [json.dumps({"prompt": json.loads(line)["prompt"]}) for line in lines]
+    Path("bare.jsonl").write_text("\n".join(bare))
+    flags = f"--data bare.jsonl --val none --steps 1 --out new --reward {name}"
+    if "correct" in name:
+        fails(flags, "bare.jsonl answer")
+    else:
+        train(flags)
+        assert metrics("new")[1]["reward_std"] >= 0
 
 
 @NEEDS_PEFT
@@ -338,6 +352,7 @@ def test_a_run_killed_between_two_renames_or_before_its_report_goes_on():
 
 
 VALUES = """beta -1 nan inf|budget -1|clip -1 nan 1e99|data-size -1|device bogus|dtype float16
+entropy-coef nan inf x
 eval-every 0|grad-clip -1 0|guard -1 nan 0.5|lr -1 inf 1e38 x|max-new-tokens -1 0|prompts 0 33
 rollout-batch 0|rollouts 0 1|save-every 0|seed -1 99999999999999999999|steps 0 1.5
 lora 0
@@ -367,7 +382,7 @@ for line in VALUES.replace("\n", "|").split("|"):
     flag, *values = line.split()
     NAMES.append(flag)
     for value in values:
-        only = em_rl if flag == "clip" or value == "1" else None
+        only = em_rl if flag in ("clip", "entropy-coef") or value == "1" else None
         REFUSED.append((only, f"--{flag} {value}", f"--{flag} {value}"))
 
 

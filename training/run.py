@@ -23,7 +23,7 @@ The columns of metrics.csv, empty where a step did not measure something:
     changed            share of the float32 weights that the step's last update changed
     tokens, flops      response tokens; FLOPs by the paper's count: parameters x tokens (the
                        prompts' too) x 2 to sample, 6 to train (4 with --lora), 2 for the reference
-    seconds, tokens_per_second     of the step without evaluation
+    seconds            of the step without evaluation
     val_greedy, val_sampled        held-out accuracy, greedy and at T = 1
     val_entropy        nats a token of the held-out responses at T = 1
     val_length, val_truncated      of the greedy responses
@@ -55,7 +55,7 @@ from tasks.scores import summary
 
 COLUMNS = (
     "step entropy reward reward_std length truncated kl grad_norm changed tokens flops "
-    "seconds tokens_per_second val_greedy val_sampled val_entropy val_length val_truncated"
+    "seconds val_greedy val_sampled val_entropy val_length val_truncated"
 ).split()
 
 # ------------------------------------------------------------------- starting and resuming
