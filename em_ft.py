@@ -171,7 +171,7 @@ def main(argv=None):
 
         # score: the policy's numbers came with its samples; what does the reference say?
         ref_logprobs = old_logprobs  # (B*N, T), nats; without a KL its weight is 0
-        if args.beta:
+        if args.beta:  # with --lora it is the model without its adapters
             with adapters.disable_adapter() if adapters else nullcontext():
                 _, ref_logprobs, _ = score_all(
                     reference, ref_head, prompts, responses, args.temperature, 2 * args.budget

@@ -59,7 +59,7 @@ from eval import (
     votes,
     whole_number,
 )
-from training import report, run
+from training import report, run, vllm_rollouts
 from training.optimizer import MasterAdamW
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
@@ -186,10 +186,16 @@ def main(argv=None):
     add("--keep-best", action="store_true", help="keep the best held-out model, by labels")
     add("--guard", type=growth, default=4.0, metavar="X", help="stop when length or entropy has "
         "grown X-fold, or the run has collapsed otherwise; 0: never")
+    add("--sampler", choices=["own", "vllm"], default="own", help="what draws the responses; vllm: "
+        "see training/vllm_rollouts.py")
+    add("--vllm-memory", type=positive, default=0.4, metavar="X", help="vLLM's share of the GPU's "
+        "memory while it samples")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     args = run.parse_args(parser, argv, TINY, NAME)
     if args.updates > args.prompts:
         parser.error(f"--updates {args.updates}: at most one for each of --prompts {args.prompts}")
+    if args.sampler == "vllm" and args.lora:
+        parser.error("--sampler vllm: it would sample without the adapters of --lora")
     label = "answer" if "correct" in args.reward else None  # the only label that training sees
 
     # ------------------------------------------------------------------------------- set-up
@@ -204,10 +210,16 @@ def main(argv=None):
         if args.beta:  # the KL needs the initial model beside the one that changes
             reference = model if args.lora else load_model(args.model, device, dtype)[0]
             ref_head = output_head(reference, train[0]["ids"])
+        engine = None
+        if args.sampler == "vllm":
+            longest = max(len(problem["ids"]) for problem in train) + args.max_new_tokens
+            engine = vllm_rollouts.start(
+                args.model, dtype, longest, share=args.vllm_memory, rows=args.rollout_batch
+            )
         optimizer = MasterAdamW(model, args.lr, args.offload)
         start, history = run.restore(args, optimizer)
         folder = run.new_folder(args, NAME)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"{NAME}: {error}")
     if args.checkpointing:
         run.checkpoint_activations(model)
@@ -231,17 +243,22 @@ def main(argv=None):
         # roll out: N responses to each of B prompts, a prompt's responses side by side
         problems = run.next_problems(train, step, args)
         prompts = [problem["ids"] for problem in problems]  # B*N lists of token ids
-        responses, entropy, old_logprobs = generate(
-            model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
-            rows=args.rollout_batch, desc="rollouts",
-        )
+        if engine:  # --sampler vllm
+            responses, entropy, old_logprobs = vllm_rollouts.roll_out(
+                engine, model, head, prompts, stop, N=N, seed=torch.initial_seed(), args=args
+            )
+        else:
+            responses, entropy, old_logprobs = generate(
+                model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
+                rows=args.rollout_batch, desc="rollouts",
+            )
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
         lengths = torch.tensor([len(response) for response in responses], device=device)
         mask = torch.arange(lengths.max(), device=device) < lengths[:, None]  # (B*N, T)
 
         # score: the policy's numbers came with its samples; what does the reference say?
         ref_logprobs = old_logprobs  # (B*N, T), nats; without a KL its weight is 0
-        if args.beta:
+        if args.beta:  # with --lora it is the model without its adapters
             with adapters.disable_adapter() if adapters else nullcontext():
                 _, ref_logprobs, _ = score_all(
                     reference, ref_head, prompts, responses, args.temperature, 2 * args.budget

@@ -1,0 +1,410 @@
+"""
+A model, its optimiser and its checkpoints, spread over processes: what em_rl_fsdp.py needs and
+em_rl.py does not.
+
+FSDP2 (torch's fully_shard) cuts every weight along its first dimension into one piece a
+process, its shard. Gradients and Adam's moments are cut in the same way. A layer's weights are
+put together, in the working precision, when the layer runs, and dropped behind it.
+
+Rank 0 is the process that reads, writes and prints. Whatever all processes do together is
+called a collective here: every process must call it, in the same order, or the run hangs.
+"""
+import contextlib
+import datetime
+import math
+import os
+import shutil
+import sys
+import types
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import distribute_tensor
+from transformers import AutoModelForCausalLM
+
+from entropy import score
+from eval import evaluate
+from tasks.files import append_jsonl
+from tasks.scores import summary
+from training import run
+
+LONGEST_WAIT = datetime.timedelta(hours=2)  # of one process for another: loading, rollouts
+
+# ------------------------------------------------------------------------------- processes
+
+
+def join_processes():
+    """(rank, number of processes) of a run by torchrun; plain python is one process."""
+    if not dist.is_initialized():
+        if "RANK" in os.environ:
+            dist.init_process_group(timeout=LONGEST_WAIT)
+        else:
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def use_own_gpu():
+    """Make a process work on the GPU of its number; ValueError where there are too few."""
+    place, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if place >= gpus:
+        raise ValueError(f"process {place} has no GPU: give --nproc_per_node {gpus} or fewer")
+    torch.cuda.set_device(place)
+
+
+def run_and_end(main):
+    """Call a script's main, and end the process without Python's own tidying up.
+
+    A thread of gloo's frees the tensors of the last collective some time after it, and needs
+    Python for that. Where Python is being taken down at that moment, the thread aborts the
+    process: in 4 of 16 runs of four small layers. destroy_process_group is no cure (5 of 16):
+    it waits for the thread only where nothing else holds the group, as FSDP does. Nor is a
+    barrier (1 of 16, and 1 of 13).
+    """
+    code = None
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def share(value):
+    """Rank 0's value, on every process (a collective). None says that rank 0 has failed, and
+    has told the user why: then the others end, quietly."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    if dist.get_rank() == 0:
+        return value
+    if box[0] is None:
+        sys.exit()
+    return box[0]
+
+
+@contextlib.contextmanager
+def rank_0_leads():
+    """Where rank 0 fails in here, the others end too, instead of waiting for it."""
+    try:
+        yield
+    except (Exception, SystemExit):
+        share(None)
+        raise
+    share(True)
+
+
+def total(values):
+    """A dict of numbers -> their sums over all processes, as floats (a collective)."""
+    sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist()))
+
+
+def agree(num_tokens, micro_batches):
+    """(tokens of all processes, this one's micro-batches, as many as the others have).
+
+    One collective. A process that has fewer than another splits those with the most rows, so
+    a process must have as many rows as any other.
+    """
+    mine = torch.tensor([int(num_tokens), len(micro_batches)])
+    everyone = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    tokens, counts = torch.stack(everyone).unbind(1)
+    micro_batches = list(micro_batches)
+    while len(micro_batches) < counts.max():
+        rows = max(micro_batches, key=len)
+        micro_batches.remove(rows)
+        half = len(rows) // 2
+        micro_batches += [rows[:half], rows[half:]]
+    return tokens.sum().item(), micro_batches
+
+
+# ---------------------------------------------------------------------------------- a model
+
+
+def layers_of(model):
+    """The model's list of layers; ValueError where there is none to be found."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"{type(model).__name__}: no list of its {count} layers, which are sharded")
+
+
+def spread(whole, config, mesh, dtype, offload=False, policy=None):
+    """Rank 0's model `whole` as a sharded one on all processes of the mesh (a collective).
+
+    Each process keeps its shards in `dtype`, with `offload` in CPU memory. A policy says in
+    which precision they work and gradients are summed. The model is in eval mode, and has
+    `score(head, prompts, responses, temperature)`, entropy.py's, as a further forward.
+    """
+    with torch.device("meta"):  # shapes without numbers: no process but rank 0 has them all
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    device = mesh.device_type
+    settings = dict(mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
+    if offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=device == "cuda")
+    for layer in layers_of(model):
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)  # the rest; there tied embeddings stay one weight
+    model.to_empty(device="cpu" if offload else device)
+    weights = {} if whole is None else dict(whole.named_parameters())
+    for name, p in model.named_parameters():
+        full = torch.empty(p.shape, dtype=dtype, device=device)
+        if whole is not None:
+            full.copy_(weights[name].detach())
+        shard = distribute_tensor(full, mesh, p.placements)
+        p.detach().to_local().copy_(shard.to_local())
+    buffers = {} if whole is None else dict(whole.named_buffers())
+    for name, buffer in model.named_buffers():
+        buffer.data = buffer.to(device)  # they are never sharded, nor offloaded
+        if whole is not None:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, 0)
+    model.score = types.MethodType(score_sharded, model)
+    register_fsdp_forward_method(model, "score")
+    with torch.no_grad():  # a first forward in common, by which FSDP finds out what the root is
+        model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+    model.reshard()  # the root alone stays together behind a forward
+    return model
+
+
+def score_sharded(model, head, *batch):
+    """entropy.score inside a forward of FSDP's, where the weights are together."""
+    return score(model, head_of(model, head), *batch)
+
+
+def head_of(model, head):
+    """entropy.output_head's dict with the weights that the model has at the moment."""
+    layer = model.get_output_embeddings()
+    return head | {"weight": layer.weight, "bias": layer.bias}
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """In here every process has all weights, in the working precision, and runs the model as
+    often as it likes, without the others. To enter is a collective, to leave is not."""
+    root, *layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+    for module in (root, *layers):
+        module.unshard()
+    yield
+    for module in (root, *layers):
+        module.reshard()
+    for layer in layers:
+        layer.set_reshard_after_forward(True, recurse=False)
+
+
+@torch.no_grad()
+def collect(model, whole):
+    """Copy the shards of all processes into rank 0's model `whole` (a collective)."""
+    weights = {} if whole is None else dict(whole.named_parameters())
+    for name, p in model.named_parameters():
+        full = p.full_tensor()
+        if whole is not None:
+            weights[name].copy_(full)
+
+
+def evaluate_held_out(step, model, tokenizer, problems, args, folder):
+    """run.evaluate_held_out, each process with a share of the problems (a collective)."""
+    if not problems:
+        return {}
+    rank, world = dist.get_rank(), dist.get_world_size()
+    merged = []
+    with gathered(model):
+        for temperature in (0, 1):
+            samples = evaluate(
+                model, tokenizer, None, problems[rank::world] or problems[:1], temperature,
+                args.max_new_tokens, seed=args.seed, rows=args.rollout_batch,
+                desc="held out" if rank == 0 else None,
+            )
+            everyone = [None] * world
+            dist.all_gather_object(everyone, samples)
+            merged.append([everyone[i % world][i // world] for i in range(len(problems))])
+    lines = []
+    for problem, sample in list(zip(problems, merged[0]))[:12]:
+        keep = {"response": sample["response"], "correct": sample["correct"]}
+        lines.append({"step": step, "set": "held out", "prompt": problem["prompt"]} | keep)
+    greedy, sampled = summary(merged[0]), summary(merged[1])
+    with rank_0_leads():
+        if rank == 0:
+            append_jsonl(folder / "samples.jsonl", lines)
+    if rank == 0:
+        print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} "
+              f"[{greedy['low']:.1%}, {greedy['high']:.1%}] | T = 1 {sampled['accuracy']:.1%}",
+              flush=True)
+    return {
+        "val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"],
+        "val_entropy": sampled["entropy"], "val_length": greedy["length"],
+        "val_truncated": greedy["truncated"],
+    }
+
+
+# ----------------------------------------------------------------------------- the optimiser
+
+
+def step_clipped(optimizer, max_norm):
+    """MasterAdamW.step for shards: one step from the gradients so far, clipped to a total norm
+    of `max_norm` over all processes (a collective).
+
+    Gives (norm before clipping, share of the weights that changed, in the same sample as
+    MasterAdamW's). Raises FloatingPointError, on every process and changing nothing, where
+    the norm is not finite.
+    """
+    params = optimizer.param_groups[0]["params"]
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads).full_tensor().item()
+    if not norm < float("inf"):
+        raise FloatingPointError(f"the gradient's norm is {norm}")
+    for grad in grads:
+        grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
+    before = [some_of(p).clone() for p in params]
+    optimizer.step()
+    optimizer.zero_grad()
+    changed = sum((some_of(p) != old).sum().item() for p, old in zip(params, before))
+    counts = total({"changed": changed, "all": sum(len(old) for old in before)})
+    return norm, counts["changed"] / counts["all"]
+
+
+def some_of(p):
+    """This process's part of every n-th number of a weight, at most some 10,000 of them all."""
+    n = 1 + p.numel() // 10_000
+    rows = dist.get_rank() * math.ceil(len(p) / dist.get_world_size())
+    start = rows * (p.numel() // len(p))  # what the processes before this one hold
+    return p.detach().to_local().flatten()[-start % n :: n]
+
+
+# ------------------------------------------------------------------------------- checkpoints
+
+
+def save(step, model, optimizer, whole, tokenizer, folder):
+    """Write checkpoint/, an ordinary Hugging Face folder with a state.pt in it, and
+    sharded-STEP/: float32 masters and Adam's moments, which each process writes for itself.
+
+    A collective. state.pt names the step, so a kill at any moment leaves a checkpoint whose
+    shards are whole. Any number of processes can read them.
+    """
+    shards = folder / f"sharded-{step}"
+    weights, adam = get_state_dict(model, optimizer)
+    try:
+        dcp.save({"model": weights, "optimizer": adam}, checkpoint_id=shards)
+    except dcp.CheckpointException as error:
+        raise OSError(f"{shards} could not be written ({first_reason(error)})") from None
+    collect(model, whole)
+    with rank_0_leads():
+        if dist.get_rank() == 0:
+            state = {"step": step, "optimizer": {}}
+            run.save_model(folder / "checkpoint", whole, tokenizer, state)
+            for old in folder.glob("sharded-*"):
+                if old != shards:
+                    shutil.rmtree(old)
+
+
+def restore(step, model, optimizer, folder):
+    """Read what `save` has written (a collective). Raises OSError where that fails."""
+    shards = folder / f"sharded-{step}"
+    lr = optimizer.param_groups[0]["lr"]  # this run's
+    weights, adam = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": adam}
+    try:
+        dcp.load(state, checkpoint_id=shards)
+    except dcp.CheckpointException as error:
+        raise OSError(f"{shards} could not be read ({first_reason(error)})") from None
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def first_reason(error):
+    """One line of what went wrong on the first process where something did."""
+    reason = next(iter(error.failures.values()))[0]
+    return " ".join(str(reason).split())[:160]
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def memory_of(model, processes, width):
+    """Bytes that the process with the largest shards holds, by what they are for.
+
+    Only shapes are looked at, so a model on the meta device will do. A working number has
+    `width` bytes: 2 for bfloat16, 4 for float32, where masters are their own working copy.
+    """
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
+    numbers = sum(p.numel() for p in model.parameters())
+    shard = 0
+    for p in model.parameters():
+        shard += math.ceil(len(p) / processes) * (p.numel() // len(p))
+    rest = numbers - sum(sizes)  # embeddings, head, last norm
+    return {
+        "masters": 4 * shard,
+        "gradients": 4 * shard,
+        "Adam": 8 * shard,
+        "reference": width * shard,
+        "layers": width * (2 * max(sizes) + rest),  # one at work, one on its way, and the rest
+        "layer gradients": (width + 4) * max(*sizes, rest),  # before they are summed
+        "whole": width * numbers,  # while sampling
+        "whole gradients": 4 * numbers,  # without --sync-each
+    }
+
+
+def plan(need, capacity, args):
+    """(offload, sync_each, bytes on the GPU while sampling, and while training).
+
+    What args leaves open becomes true where a fifth of the GPU's `capacity` in bytes would
+    not be left otherwise, for the cache of keys and values or for activations.
+    """
+    shards = need["masters"] + need["Adam"] + (need["reference"] if args.beta else 0)
+    offload, sync_each = args.offload, args.sync_each
+    if offload is None:
+        offload = shards + need["whole"] > 0.8 * capacity
+    kept = 0 if offload else shards
+    training = kept + need["layers"] + need["layer gradients"]
+    if sync_each is None:
+        sync_each = training + need["whole gradients"] > 0.8 * capacity
+    training += 0 if offload else need["gradients"]
+    training += 0 if sync_each else need["whole gradients"]
+    return offload, sync_each, kept + need["whole"], training
+
+
+def describe(need, processes, capacity, args):
+    """Lines that say where a process's bytes are, as arithmetic."""
+    offload, sync_each, sampling, training = plan(need, capacity, args)
+    names = ["masters", "gradients", "Adam"] + (["reference"] if args.beta else [])
+    held = ", ".join(f"{name} {size(need[name])}" for name in names)
+    where = "CPU memory" if offload else "its device's memory"
+    when = "after every micro-batch" if sync_each else "after the last micro-batch"
+    whole = "" if sync_each else f" (until then {size(need['whole gradients'])} of them)"
+    lines = [
+        f"each of {processes} processes has in {where}: {held}",
+        f"while sampling it has the whole model too, {size(need['whole'])}: {size(sampling)} in "
+        "all",
+        f"while training, layers at work {size(need['layers'])} and their gradients "
+        f"{size(need['layer gradients'])}: {size(training)} in all",
+        f"gradients are summed over processes {when}{whole}",
+    ]
+    if capacity < math.inf:
+        left = capacity - max(sampling, training)
+        lines.append(f"of a GPU's {size(capacity)} there are {size(left)} left for the cache of "
+                     "keys and values, and for activations; all this is arithmetic")
+    return "\n".join(lines)
+
+
+def size(count):
+    """Bytes for people: 1.5 GB, 27.0 MB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

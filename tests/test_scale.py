@@ -1,0 +1,355 @@
+"""em_rl_fsdp.py on two processes (gloo) and on one, beside em_rl.py.
+
+Run by torchrun, this file is the two processes: `together` has what they do. The tests look at
+what they left, so that torch is loaded only once for all of it.
+"""
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import em_rl
+import eval
+from entropy import output_head, score
+from eval import load_model
+from scale import em_rl_fsdp, shards
+from tests.models import ROOT, TINY, random_model, rows_of
+from training import report, run
+
+FLAGS = (
+    "--device cpu --data-size 64 --prompts 8 --val-size 3 --max-new-tokens 20 --steps 5 "
+    "--eval-every 2 --save-every 2 --guard 0 --budget 300 --seed 2 "
+)
+OTHER = f"--data {ROOT / 'tiny/train.jsonl'} --val none --lr 1e-4 --no-checkpointing --steps 2 "
+SAME = {  # runs that em_rl.py and two processes do alike, with a seed for each prompt
+    "token": "",
+    "sequence": "--reward sequence --budget 2000",  # a single micro-batch
+    "certain": "--reward self-certainty --entropy-coef exact --steps 2",
+    "split": "--updates 2 --checkpointing --keep-best --steps 2",
+    "tied": f"{OTHER} --model qwen3",
+    "untied": f"{OTHER} --model llama",
+}
+OTHERWISE = "--sync-each --offload --steps 2"  # "token" again
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
+
+
+def generate_by_prompt(model, prompts, *args, generate=eval.generate, **settings):
+    """eval.generate, with a seed for each prompt: what is drawn does not depend on where the
+    other prompts are, as it does for the real one, which draws for many rows at once."""
+    responses, entropy, logprobs = [], [], []
+    for prompt in prompts:
+        torch.manual_seed(hash(tuple(prompt)) % 2**31)
+        some = generate(model, [prompt], *args, **settings)
+        responses += some[0]
+        entropy += list(some[1])
+        logprobs += list(some[2])
+    pad = torch.nn.utils.rnn.pad_sequence
+    return responses, pad(entropy, batch_first=True), pad(logprobs, batch_first=True)
+
+
+def by_prompt():
+    """Both scripts and their evaluations use it until the context ends."""
+    patch = pytest.MonkeyPatch()
+    for module in (eval, em_rl, em_rl_fsdp):
+        patch.setattr(module, "generate", generate_by_prompt)
+    patch.setattr(report, "plot", lambda *_: None)
+    return contextlib.closing(_Undo(patch))
+
+
+class _Undo:
+    def __init__(self, patch):
+        self.close = patch.undo
+
+
+def train(script, flags, out):
+    script.main(f"{FLAGS} {flags} --out {out}".split())
+
+
+# ------------------------------------------------------------------ what two processes do
+
+
+def together():
+    """All that the tests need of two processes, in the current folder."""
+    rank, _ = shards.join_processes()
+    with by_prompt():
+        refused(rank)
+        for name, flags in SAME.items():
+            train(em_rl_fsdp, flags, f"two-{name}")
+        train(em_rl_fsdp, OTHERWISE, "two-otherwise")
+        train(em_rl_fsdp, "--steps 2", "two-then-one")
+        em_rl_fsdp.main("--resume one-then-two --steps 4".split())
+    train(em_rl_fsdp, "--steps 2 --val none", "drawn")
+    train(em_rl_fsdp, "--steps 1 --val none", "resumed")
+    em_rl_fsdp.main("--resume resumed --steps 2".split())
+    found = {"moves": moves(), "gap": whole_gap(), "memory": held()}
+    if rank == 0:
+        Path("found.json").write_text(json.dumps(found))
+
+
+def refused(rank):
+    """Bad input ends both processes; what each of them has said."""
+    said = []
+    for flags in ("--prompts 7", "--updates 5", "--data none.jsonl", "--resume nothing"):
+        printed = io.StringIO()
+        with contextlib.redirect_stderr(printed):
+            try:
+                em_rl_fsdp.main(f"{'' if 'resume' in flags else FLAGS} {flags}".split())
+            except SystemExit as end:
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
+        said.append(printed.getvalue())
+    Path(f"said-{rank}.json").write_text(json.dumps(said))
+
+
+def sharded(kind, dtype=torch.float32, work=None):
+    """(a random model, the same spread over the processes, its head, the number of them)."""
+    _, world = shards.join_processes()
+    whole = random_model(kind)
+    head = output_head(whole, list(range(20))) | {"weight": None, "bias": None}
+    policy = MixedPrecisionPolicy(work, torch.float32)
+    own = whole if dist.get_rank() == 0 else None
+    mesh = init_device_mesh("cpu", (world,))
+    model = shards.spread(own, whole.config, mesh, dtype, policy=policy)
+    return whole, model, head, world
+
+
+def moves():
+    """How ten steps at a learning rate of 1e-6 move the weights, in both precisions: the shares
+    that move, the ratio of the moves' lengths, and their cosine."""
+    moved = []
+    for work in (torch.float32, torch.bfloat16):
+        whole, model, head, _ = sharded("qwen2", work=work)
+        start = [p.clone() for p in whole.parameters()]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        for i in range(10):
+            batch = rows_of(5, 7, seed=i), rows_of(9, 4, seed=10 + i)
+            entropy, logprobs, mask = model.score(head, *batch, 1.0)
+            (logprobs * mask).mean().backward()
+            shards.step_clipped(optimizer, 1.0)
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+        shards.collect(model, whole)
+        change = [(p - q).flatten() for p, q in zip(whole.parameters(), start)]
+        moved.append(torch.cat(change).detach())
+    full, half = moved
+    return {
+        "shares": [(move != 0).float().mean().item() for move in moved],
+        "length": (half.norm() / full.norm()).item(),
+        "cosine": torch.cosine_similarity(half, full, dim=0).item(),
+    }
+
+
+@torch.no_grad()
+def whole_gap():
+    """The largest difference between a model's numbers and those of its two halves, in the
+    forward of FSDP and gathered, where each process may run it as often as it likes."""
+    rank, worst = dist.get_rank(), 0.0
+    batch = rows_of(5, 7), rows_of(9, 4, seed=1)
+    for kind in ("gemma2", "llama", "gpt2"):
+        whole, model, head, _ = sharded(kind)
+        expected = score(whole, shards.head_of(whole, head), *batch)
+        results = [model.score(head, *batch)]
+        with shards.gathered(model):
+            for _ in range(1 + 2 * rank):
+                results.append(score(model, shards.head_of(model, head), *batch))
+        results.append(model.score(head, *batch))
+        for result in results:
+            worst = max(worst, (result[1] - expected[1]).abs().max().item())
+    return worst
+
+
+def held():
+    """(bytes of float32 shards by arithmetic, bytes that there are) of the first process."""
+    pairs = []
+    for kind in ("qwen3", "llama", "gpt2"):
+        whole, model, _, world = sharded(kind)
+        sizes = [4 * p.to_local().numel() for p in model.parameters()]
+        pairs.append([shards.memory_of(whole, world, 2)["masters"], sum(sizes)])
+    return pairs
+
+
+# ------------------------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with the runs of em_rl.py, of em_rl_fsdp.py on one process, and of both."""
+    folder = tmp_path_factory.mktemp("scale")
+    before = os.getcwd()
+    os.chdir(folder)
+    for kind, tied in ("qwen3", True), ("llama", False):
+        random_model(kind, tie_word_embeddings=tied).save_pretrained(kind)
+        AutoTokenizer.from_pretrained(TINY).save_pretrained(kind)
+    with by_prompt():
+        for name, flags in SAME.items():
+            train(em_rl, flags, f"one-{name}")
+        train(em_rl_fsdp, "--steps 2", "one-then-two")
+    done = subprocess.run(
+        [*TORCHRUN, __file__], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    with by_prompt():
+        em_rl_fsdp.main("--resume two-then-one --steps 4".split())
+    yield folder
+    os.chdir(before)
+
+
+def metrics(folder):
+    rows = run.read_rows(Path(folder, "metrics.csv"))
+    return [row | {"seconds": 0} for row in rows]
+
+
+def equal_metrics(folder, other, steps):
+    """The same rows, but for rounding: 1e-4 of a number, and a KL that is 0 but for it."""
+    rows, others = metrics(folder), metrics(other)[: steps + 1]
+    assert len(rows) == len(others) == steps + 1
+    for row, same in zip(rows, others):
+        assert row == pytest.approx(same, rel=1e-4, abs=1e-7), (folder, row["step"])
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_give_the_metrics_of_em_rl(runs, name):
+    """A normaliser of one process only, a mean of means, a norm over one's own shards, a
+    gradient averaged where it must be summed: each would show. Micro-batches are of unequal
+    number, but for "sequence"."""
+    steps = 5 if name in ("token", "sequence") else 2
+    equal_metrics(runs / f"two-{name}", runs / f"one-{name}", steps)
+    best = [(runs / f"{first}-{name}/best").exists() for first in ("one", "two")]
+    assert best == [name == "split"] * 2
+
+
+def test_syncing_each_micro_batch_and_offloading_change_no_number(runs):
+    equal_metrics(runs / "two-otherwise", runs / "two-token", 2)
+
+
+@pytest.mark.parametrize("name", ["one-then-two", "two-then-one"])
+def test_a_run_goes_on_with_another_number_of_processes(runs, name):
+    """Adam's moments that are lost, or cut anew in another order, would show in a step."""
+    equal_metrics(runs / name, runs / "one-token", 4)
+    assert [path.name for path in (runs / name).glob("sharded-*")] == ["sharded-4"]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(runs):
+    assert metrics(runs / "drawn") == metrics(runs / "resumed")
+    for name in ("drawn", "resumed"):
+        dcp_to_torch_save(runs / name / "sharded-2", runs / f"{name}.pt")
+    drawn, resumed = torch.load(runs / "drawn.pt"), torch.load(runs / "resumed.pt")
+    for kept, other in (drawn["model"], resumed["model"]), flat(drawn, resumed):
+        assert kept.keys() == other.keys() and len(kept) > 10
+        assert all(torch.equal(kept[key], other[key]) for key in kept)
+
+
+def flat(*states):
+    """Adam's moments of each, as a dict by weight and name."""
+    flattened = []
+    for state in states:
+        moments = {}
+        for weight, values in state["optimizer"]["state"].items():
+            for key, value in values.items():
+                moments[weight, key] = value
+        flattened.append(moments)
+    return flattened
+
+
+def test_processes_draw_different_samples_and_the_first_draws_as_one_alone(runs):
+    """With one seed for all processes half of the rollouts would be draws of the same luck."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot", lambda *_: None)
+        train(em_rl, "--steps 1 --val none", "alone-em-rl")
+        train(em_rl_fsdp, "--steps 1 --val none", "alone")
+    equal_metrics("alone", "alone-em-rl", 1)
+    assert metrics("alone")[1]["tokens"] != metrics(runs / "drawn")[1]["tokens"]
+
+
+def test_the_checkpoint_is_an_ordinary_folder_with_the_masters_in_it(runs):
+    model, _ = load_model(str(runs / "two-tied/checkpoint"), "cpu")
+    dcp_to_torch_save(runs / "two-tied/sharded-2", runs / "tied.pt")
+    masters = torch.load(runs / "tied.pt")["model"]
+    assert all(torch.equal(p, masters[name]) for name, p in model.named_parameters())
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_bf16_work_on_float32_shards_moves_as_float32_does_at_lr_1e_6(runs):
+    """Weights that are bfloat16 themselves stand still there. (The embeddings of tokens that
+    are in no batch do so in any precision.)"""
+    found = json.loads((runs / "found.json").read_text())["moves"]
+    full, half = found["shares"]
+    assert half > 0.8 and half == pytest.approx(full, rel=0.02) and found["cosine"] > 0.9
+    assert found["length"] == pytest.approx(1, rel=0.05)
+
+
+def test_a_sharded_model_scores_as_the_whole_one_at_any_pace(runs):
+    assert json.loads((runs / "found.json").read_text())["gap"] < 1e-5
+
+
+def test_the_memory_that_is_announced_is_that_of_the_shards(runs):
+    for computed, real in json.loads((runs / "found.json").read_text())["memory"]:
+        assert computed == real
+
+
+def test_bad_input_is_said_once_and_ends_every_process(runs):
+    first, second = (json.loads((runs / f"said-{rank}.json").read_text()) for rank in (0, 1))
+    for said, words in zip(first, ["--prompts 7", "--updates 5", "none.jsonl", "nothing"]):
+        assert words in said.strip().split("\n")[-1] and "Traceback" not in said
+    assert set(second) == {""}
+
+
+def test_ctrl_c_to_torchrun_saves(tmp_path):
+    """torchrun passes the signal on once, and the processes see it in different steps: if they
+    did not agree, one would wait for ever in a step that the other does not do."""
+    script = [ROOT / "scale/em_rl_fsdp.py", *FLAGS.split(), "--val", "none"]
+    process = subprocess.Popen(
+        [*TORCHRUN, *script, "--steps", "9000", "--out", "cut"], cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    output = ""
+    while "step 3 |" not in output:
+        output += process.stdout.readline()
+        assert process.poll() is None, output
+    process.send_signal(signal.SIGINT)
+    output += process.communicate()[0]
+    step = int(re.search(r"stopped after step (\d+); to go on: --resume cut", output)[1])
+    assert torch.load(tmp_path / "cut/checkpoint/state.pt")["step"] == step
+    assert len(metrics(tmp_path / "cut")) == step + 1 and "SIGKILL" not in output
+    assert (tmp_path / f"cut/sharded-{step}/.metadata").exists()
+
+
+@pytest.mark.parametrize("billions, layers, settings", [
+    (7.62, 28, dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28)),
+    (32.76, 64, dict(hidden_size=5120, intermediate_size=27648, num_attention_heads=40)),
+])
+def test_the_plan_needs_a_config_only(billions, layers, settings, tmp_path, capsys):
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=152_064, num_hidden_layers=layers, num_key_value_heads=4, **settings
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        em_rl_fsdp.main(f"--model {tmp_path} --plan 8".split())
+    said = capsys.readouterr().out
+    assert not end.value.code and "each of 8 processes" in said
+    masters = float(re.search(r"masters ([\d.]+) GB", said)[1])
+    assert masters == pytest.approx(billions * 4 / 8, rel=0.02)
+    assert ("CPU memory" in said) == (billions > 20)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert shards.memory_of(model, 1, 2)["masters"] == 4 * model.num_parameters()
+
+
+if __name__ == "__main__":
+    shards.run_and_end(together)

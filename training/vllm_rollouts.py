@@ -1,0 +1,148 @@
+"""
+Rollouts by vLLM: an engine in the trainer's process, which samples what the policy is now.
+
+    engine = start(args.model, dtype, longest, share=0.4)
+    load(engine, model.named_parameters())  # before each batch
+    responses, logprobs = sample(engine, prompts, stop, max_new_tokens, temperature, n, seed)
+
+The weights go from the trainer's tensors into the engine's, without a file and without another
+process. Where the platform can (CUDA), the engine sleeps outside of `load` and `sample`, and its
+memory is the trainer's. On a CPU it can't, and VLLM_CPU_KVCACHE_SPACE says how many GB its cache
+of keys and values takes.
+
+Two samplers never agree to the last bit, so rewards must come from the trainer's own scoring
+pass (`entropy.score_all`); the log-probs from here show how far the two are apart.
+"""
+import os
+
+from entropy import score_all
+from eval import as_rows
+
+
+def start(model, dtype, longest, share=0.4, rows=256, **settings):
+    """An engine for the checkpoint `model` (folder or Hub id), asleep where it can sleep.
+
+    `longest` is the longest sequence in tokens, `rows` how many are sampled at once, and
+    `share` the engine's part of the GPU's memory; `settings` are further ones of vllm.LLM.
+    Raises ImportError without vLLM, and ValueError where it can't start.
+    """
+    # in this process, so that weights need not be sent to another one
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        from vllm import LLM
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        raise ImportError(f"vLLM can't be imported here ({error}): pip install vllm") from error
+    settings = {
+        "dtype": dtype,
+        "max_model_len": longest,
+        "max_num_seqs": rows,
+        "gpu_memory_utilization": share,
+        "enable_sleep_mode": current_platform.is_sleep_mode_available(),
+        "generation_config": "vllm",  # not the checkpoint's top_p, top_k and penalties
+        "logprobs_mode": "processed_logprobs",  # after the temperature
+        "skip_tokenizer_init": True,  # prompts and responses are token ids
+        # half a prompt in a step, and a seed, end in an error on a CPU
+        "enable_chunked_prefill": False,
+        # on a CPU, compiling takes longer than it saves
+        "enforce_eager": current_platform.is_cpu(),
+    } | settings
+    try:
+        engine = LLM(model, **settings)
+    except (ValueError, RuntimeError) as error:  # too little memory, a model that it can't run
+        raise ValueError(f"vLLM: {' '.join(str(error).split())[:300]}") from error
+    rest(engine)
+    return engine
+
+
+def rest(engine):
+    """Give the memory back until the next `load`: neither weights nor cache are needed again."""
+    if engine.model_config.enable_sleep_mode:
+        engine.sleep(level=2)
+
+
+def load(engine, weights):
+    """Replace the engine's weights by pairs of name and tensor, as in a checkpoint."""
+    if engine.model_config.enable_sleep_mode:
+        engine.wake_up(tags=["weights"])
+    pairs = ((name, weight.detach()) for name, weight in weights)
+    engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+    engine.apply_model(pack_head)
+    if engine.model_config.enable_sleep_mode:
+        engine.wake_up(tags=["kv_cache"])
+    engine.reset_prefix_cache()  # keys and values of the old weights
+
+
+def pack_head(model):
+    """On a CPU vLLM multiplies by a packed copy of the output head, and where the head is tied
+    to the embedding reload_weights leaves the old copy in place: pack it again."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+    from vllm.platforms import current_platform
+
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead) and current_platform.is_cpu():
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def sample(engine, prompts, stop, max_new_tokens, temperature, n, seed):
+    """Sample n responses to each prompt: -> (responses, logprobs), as `eval.generate` does.
+
+    Lists of token ids, a prompt's n responses side by side, the stop token included; and the
+    log-probs of the drawn tokens (len(responses), T) in nats under softmax(logits /
+    temperature), zeros behind each row's own, float32 on the CPU. The same seed and weights
+    draw the same responses.
+    """
+    from vllm import SamplingParams
+
+    inputs, params = [], []
+    for i, prompt in enumerate(prompts):
+        inputs.append({"prompt_token_ids": prompt})
+        params.append(SamplingParams(
+            n=n,
+            seed=(seed * len(prompts) + i) * n,  # the k-th of the n adds k to it
+            temperature=temperature,
+            top_p=1.0,
+            top_k=0,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            max_tokens=max_new_tokens,
+            stop_token_ids=stop,
+            ignore_eos=True,  # no other token ends a response
+            logprobs=0,  # of the drawn token alone
+            detokenize=False,
+        ))
+    responses, logprobs = [], []
+    for request in engine.generate(inputs, params, use_tqdm=False):
+        for output in sorted(request.outputs, key=output_index):
+            ids = list(output.token_ids)
+            responses.append(ids)
+            logprobs.append([step[token].logprob for step, token in zip(output.logprobs, ids)])
+    rest(engine)
+    return responses, as_rows(logprobs, "cpu")
+
+
+def output_index(output):
+    return output.index
+
+
+def roll_out(engine, model, head, prompts, stop, N, seed, args):
+    """A step's responses, as the policy is now: -> (responses, entropy, logprobs), with the
+    trainer's own numbers, nats (B*N, T), as rewards and gradients need them.
+
+    Prints how far vLLM's log-probs of the drawn tokens are from the trainer's on average, and a
+    warning where that has grown since the first step.
+    """
+    load(engine, model.named_parameters())
+    responses, sampled = sample(
+        engine, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N, seed=seed
+    )
+    entropy, logprobs, mask = score_all(
+        model, head, prompts, responses, args.temperature, 2 * args.budget
+    )
+    gap = (sampled.to(logprobs.device) - logprobs)[mask].abs().mean().item()
+    print(f"vLLM and trainer differ by {gap:.1g} nats a token")
+    engine.first_gap = getattr(engine, "first_gap", gap)
+    if gap > 2 * engine.first_gap + 1e-3:
+        print(f"warning: that is more than the {engine.first_gap:.1g} of the first step")
+    return responses, entropy, logprobs
