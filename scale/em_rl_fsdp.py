@@ -281,12 +281,11 @@ def main(argv=None):
         confidence = {"token": -entropy, "sequence": old_logprobs}  # (B*N, T), nats
         if args.reward == "self-certainty":  # KL(uniform || pi), of another pass
             with gathered(model):
+                now = head_of(model, head)
                 _, mean_logprobs, _ = score_all(
-                    model, head_of(model, head), prompts, responses, args.temperature,
-                    2 * args.budget, mean=True,
+                    model, now, prompts, responses, args.temperature, 2 * args.budget, mean=True
                 )
-                vocabulary = len(head_of(model, head)["weight"])
-            confidence["self-certainty"] = -mean_logprobs - math.log(vocabulary)
+            confidence["self-certainty"] = -mean_logprobs - math.log(len(now["weight"]))
         rewards = torch.zeros(B, N, device=device)
         for name in args.reward.split("+"):
             rewards += reward(
@@ -338,20 +337,14 @@ def main(argv=None):
             "processed": sum(sizes),
         })
         seconds, tokens = time.time() - started, int(sums["tokens"])
-        row = {
-            "step": step,
-            "entropy": sums["entropy"] / tokens,
-            "reward": sums["reward"] / (world * B * N),
-            "reward_std": sums["reward_std"] / (world * B),
-            "kl": sums["kl"] / tokens,
-            "length": tokens / (world * B * N),
-            "truncated": sums["truncated"] / (world * B * N),
-            "grad_norm": grad_norm,
-            "changed": changed,
-            "tokens": tokens,
-            "flops": flops * int(sums["processed"]),
-            "seconds": seconds,
-        }
+        row = dict(step=step, grad_norm=grad_norm, changed=changed, tokens=tokens, seconds=seconds)
+        row["entropy"] = sums["entropy"] / tokens
+        row["reward"] = sums["reward"] / (world * B * N)
+        row["reward_std"] = sums["reward_std"] / (world * B)
+        row["kl"] = sums["kl"] / tokens
+        row["length"] = tokens / (world * B * N)
+        row["truncated"] = sums["truncated"] / (world * B * N)
+        row["flops"] = flops * int(sums["processed"])
 
         # evaluate, and let the guard look
         collapse = run.collapsed(history + [row], args.guard)

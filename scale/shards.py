@@ -392,8 +392,8 @@ def describe(need, processes, capacity, args):
     whole = "" if sync_each else f" (until then {size(need['whole gradients'])} of them)"
     lines = [
         f"each of {processes} processes has in {where}: {held}",
-        f"while sampling it has the whole model too, {size(need['whole'])}: {size(sampling)} in "
-        "all",
+        f"while sampling it has the whole model too, {size(need['whole'])}: "
+        f"{size(sampling)} in all",
         f"while training, layers at work {size(need['layers'])} and their gradients "
         f"{size(need['layer gradients'])}: {size(training)} in all",
         f"gradients are summed over processes {when}{whole}",

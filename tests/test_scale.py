@@ -40,11 +40,11 @@ OTHER = f"--data {ROOT / 'tiny/train.jsonl'} --val none --lr 1e-4 --no-checkpoin
 SAME = {  # runs that em_rl.py and two processes do alike, with a seed for each prompt
     "token": "",
     "sequence": "--reward sequence --budget 2000",  # a single micro-batch
-    "certain": "--reward self-certainty --entropy-coef exact --steps 2",
     "split": "--updates 2 --checkpointing --keep-best --steps 2",
-    "tied": f"{OTHER} --model qwen3",
-    "untied": f"{OTHER} --model llama",
+    "tied": f"{OTHER} --model qwen3 --reward self-certainty",
+    "untied": f"{OTHER} --model llama --entropy-coef exact",
 }
+DRAWN = "--data same.jsonl --val none"  # one prompt again and again, and true draws
 OTHERWISE = "--sync-each --offload --steps 2"  # "token" again
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
@@ -64,18 +64,14 @@ def generate_by_prompt(model, prompts, *args, generate=eval.generate, **settings
     return responses, pad(entropy, batch_first=True), pad(logprobs, batch_first=True)
 
 
+@contextlib.contextmanager
 def by_prompt():
-    """Both scripts and their evaluations use it until the context ends."""
-    patch = pytest.MonkeyPatch()
-    for module in (eval, em_rl, em_rl_fsdp):
-        patch.setattr(module, "generate", generate_by_prompt)
-    patch.setattr(report, "plot", lambda *_: None)
-    return contextlib.closing(_Undo(patch))
-
-
-class _Undo:
-    def __init__(self, patch):
-        self.close = patch.undo
+    """In here both scripts and their evaluations use it, and no figure is drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (eval, em_rl, em_rl_fsdp):
+            patch.setattr(module, "generate", generate_by_prompt)
+        patch.setattr(report, "plot", lambda *_: None)
+        yield
 
 
 def train(script, flags, out):
@@ -95,8 +91,8 @@ def together():
         train(em_rl_fsdp, OTHERWISE, "two-otherwise")
         train(em_rl_fsdp, "--steps 2", "two-then-one")
         em_rl_fsdp.main("--resume one-then-two --steps 4".split())
-    train(em_rl_fsdp, "--steps 2 --val none", "drawn")
-    train(em_rl_fsdp, "--steps 1 --val none", "resumed")
+    train(em_rl_fsdp, f"{DRAWN} --steps 2", "drawn")
+    train(em_rl_fsdp, f"{DRAWN} --steps 1", "resumed")
     em_rl_fsdp.main("--resume resumed --steps 2".split())
     found = {"moves": moves(), "gap": whole_gap(), "memory": held()}
     if rank == 0:
@@ -196,6 +192,7 @@ def runs(tmp_path_factory):
     for kind, tied in ("qwen3", True), ("llama", False):
         random_model(kind, tie_word_embeddings=tied).save_pretrained(kind)
         AutoTokenizer.from_pretrained(TINY).save_pretrained(kind)
+    Path("same.jsonl").write_text(8 * '{"prompt": "Mod 10, left to right: 6-3-7*4+4"}\n')
     with by_prompt():
         for name, flags in SAME.items():
             train(em_rl, flags, f"one-{name}")
@@ -268,13 +265,13 @@ def flat(*states):
 
 
 def test_processes_draw_different_samples_and_the_first_draws_as_one_alone(runs):
-    """With one seed for all processes half of the rollouts would be draws of the same luck."""
+    """With one seed for all processes half of the rollouts would be the other half again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "plot", lambda *_: None)
-        train(em_rl, "--steps 1 --val none", "alone-em-rl")
-        train(em_rl_fsdp, "--steps 1 --val none", "alone")
+        train(em_rl, f"{DRAWN} --steps 1 --prompts 4", "alone-em-rl")
+        train(em_rl_fsdp, f"{DRAWN} --steps 1 --prompts 4", "alone")
     equal_metrics("alone", "alone-em-rl", 1)
-    assert metrics("alone")[1]["tokens"] != metrics(runs / "drawn")[1]["tokens"]
+    assert metrics(runs / "drawn")[1]["tokens"] != 2 * metrics("alone")[1]["tokens"]
 
 
 def test_the_checkpoint_is_an_ordinary_folder_with_the_masters_in_it(runs):
