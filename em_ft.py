@@ -138,6 +138,8 @@ def main(argv=None):
         run.checkpoint_activations(model)
     B, N, P = args.prompts, args.rollouts, model.num_parameters()
     stop = stop_ids(model, tokenizer)
+    # with --lora the model is its own reference, when its adapters are off
+    without_adapters = adapters.disable_adapter if adapters else nullcontext
     # FLOPs of a token: to sample, to train, and of the reference; frozen weights need no gradient
     flops = P * (2 + (4 if args.lora else 6) + (2 if args.beta else 0))
     run.announce(args, model, tokenizer, head, train, val, flops, folder)
@@ -171,8 +173,8 @@ def main(argv=None):
 
         # score: the policy's numbers came with its samples; what does the reference say?
         ref_logprobs = old_logprobs  # (B*N, T), nats; without a KL its weight is 0
-        if args.beta:  # with --lora it is the model without its adapters
-            with adapters.disable_adapter() if adapters else nullcontext():
+        if args.beta:
+            with without_adapters():
                 _, ref_logprobs, _ = score_all(
                     reference, ref_head, prompts, responses, args.temperature, 2 * args.budget
                 )

@@ -104,7 +104,7 @@ def reward(name, N, confidence, mask, texts, problems, norm="mean"):
     counts = [votes(texts[i : i + N]) for i in range(0, len(texts), N)]
     counts = torch.tensor(counts, device=mask.device)  # (B, N)
     most = counts.amax(1, keepdim=True)
-    if name == "format":  # has it an answer at all?
+    if name == "format":  # does it have an answer at all?
         return (counts > 0).float()
     if name == "majority":  # TTRL, SRT: no other answer is more common
         return ((counts == most) & (counts > 0)).float()
@@ -123,12 +123,12 @@ def advantage(kind, rewards):
 
 
 def entropy_weights(coef, lengths, norm):
-    """What a token's entropy counts in the objective: (B*N,) lengths -> (B*N, 1).
+    """The weight of a token's entropy in the objective: (B*N,) lengths -> (B*N, 1).
 
     `exact` gives it the weight that it has in the token reward, -1 or, in the mean, -1 / length.
     Then the objective has the reward's whole gradient, which is in expectation that of the
     sequence reward, with each token's log-prob averaged over all tokens that might have been
-    drawn (Rao-Blackwell). So it is for sums, and for means where lengths are equal.
+    drawn (Rao-Blackwell). This is exact for sums, and for means where all lengths are equal.
     """
     weights = torch.ones_like(lengths[:, None], dtype=torch.float32)
     if coef != "exact":
@@ -210,12 +210,13 @@ def main(argv=None):
         if args.beta:  # the KL needs the initial model beside the one that changes
             reference = model if args.lora else load_model(args.model, device, dtype)[0]
             ref_head = output_head(reference, train[0]["ids"])
-        engine = None
+        roll_out = generate
         if args.sampler == "vllm":
             longest = max(len(problem["ids"]) for problem in train) + args.max_new_tokens
             engine = vllm_rollouts.start(
                 args.model, dtype, longest, share=args.vllm_memory, rows=args.rollout_batch
             )
+            roll_out = vllm_rollouts.sampler(engine, head, 2 * args.budget)
         optimizer = MasterAdamW(model, args.lr, args.offload)
         start, history = run.restore(args, optimizer)
         folder = run.new_folder(args, NAME)
@@ -225,6 +226,8 @@ def main(argv=None):
         run.checkpoint_activations(model)
     B, N, P = args.prompts, args.rollouts, model.num_parameters()
     stop = stop_ids(model, tokenizer)
+    # with --lora the model is its own reference, when its adapters are off
+    without_adapters = adapters.disable_adapter if adapters else nullcontext
     # FLOPs of a token: to sample, to train, and of the reference; frozen weights need no gradient
     flops = P * (2 + (4 if args.lora else 6) + (2 if args.beta else 0))
     run.announce(args, model, tokenizer, head, train, val, flops, folder)
@@ -243,23 +246,18 @@ def main(argv=None):
         # roll out: N responses to each of B prompts, a prompt's responses side by side
         problems = run.next_problems(train, step, args)
         prompts = [problem["ids"] for problem in problems]  # B*N lists of token ids
-        if engine:  # --sampler vllm
-            responses, entropy, old_logprobs = vllm_rollouts.roll_out(
-                engine, model, head, prompts, stop, N=N, seed=torch.initial_seed(), args=args
-            )
-        else:
-            responses, entropy, old_logprobs = generate(
-                model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
-                rows=args.rollout_batch, desc="rollouts",
-            )
+        responses, entropy, old_logprobs = roll_out(
+            model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
+            rows=args.rollout_batch, desc="rollouts",
+        )
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
         lengths = torch.tensor([len(response) for response in responses], device=device)
         mask = torch.arange(lengths.max(), device=device) < lengths[:, None]  # (B*N, T)
 
         # score: the policy's numbers came with its samples; what does the reference say?
         ref_logprobs = old_logprobs  # (B*N, T), nats; without a KL its weight is 0
-        if args.beta:  # with --lora it is the model without its adapters
-            with adapters.disable_adapter() if adapters else nullcontext():
+        if args.beta:
+            with without_adapters():
                 _, ref_logprobs, _ = score_all(
                     reference, ref_head, prompts, responses, args.temperature, 2 * args.budget
                 )

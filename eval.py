@@ -463,7 +463,7 @@ def main(argv=None):
         results = read_samples(folder)
         missing = total - sum(map(len, results.values()))
         if missing:
-            return print(f"\nthis part is done; {missing:,} of {total:,} samples are the others'")
+            return print(f"\nthis part is done; {missing:,} of {total:,} samples are to come")
         if args.diagnose:
             pairs = list(results.items())
             for (_, greedy), (name, sampled) in zip(pairs[::2], pairs[1::2]):

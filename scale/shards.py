@@ -33,8 +33,6 @@ from transformers import AutoModelForCausalLM
 
 from entropy import score
 from eval import evaluate
-from tasks.files import append_jsonl
-from tasks.scores import summary
 from training import run
 
 LONGEST_WAIT = datetime.timedelta(hours=2)  # of one process for another: loading, rollouts
@@ -234,23 +232,11 @@ def evaluate_held_out(step, model, tokenizer, problems, args, folder):
             everyone = [None] * world
             dist.all_gather_object(everyone, samples)
             merged.append([everyone[i % world][i // world] for i in range(len(problems))])
-    lines = []
-    for problem, sample in list(zip(problems, merged[0]))[:12]:
-        keep = {"response": sample["response"], "correct": sample["correct"]}
-        lines.append({"step": step, "set": "held out", "prompt": problem["prompt"]} | keep)
-    greedy, sampled = summary(merged[0]), summary(merged[1])
+    row = None
     with rank_0_leads():
         if rank == 0:
-            append_jsonl(folder / "samples.jsonl", lines)
-    if rank == 0:
-        print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} "
-              f"[{greedy['low']:.1%}, {greedy['high']:.1%}] | T = 1 {sampled['accuracy']:.1%}",
-              flush=True)
-    return {
-        "val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"],
-        "val_entropy": sampled["entropy"], "val_length": greedy["length"],
-        "val_truncated": greedy["truncated"],
-    }
+            row = run.report_held_out(step, problems, *merged, folder)
+    return share(row)
 
 
 # ----------------------------------------------------------------------------- the optimiser

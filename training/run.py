@@ -387,6 +387,11 @@ def evaluate_held_out(step, model, tokenizer, head, problems, args, folder):
         )
         for temperature in (0, 1)
     )
+    return report_held_out(step, problems, greedy, sampled, folder)
+
+
+def report_held_out(step, problems, greedy, sampled, folder):
+    """What `evaluate_held_out` writes, prints and gives, from the samples (`eval.graded`)."""
     lines = []
     for problem, sample in list(zip(problems, greedy))[:12]:
         keep = {"response": sample["response"], "correct": sample["correct"]}

@@ -2,8 +2,7 @@
 Rollouts by vLLM: an engine in the trainer's process, which samples what the policy is now.
 
     engine = start(args.model, dtype, longest, share=0.4)
-    load(engine, model.named_parameters())  # before each batch
-    responses, logprobs = sample(engine, prompts, stop, max_new_tokens, temperature, n, seed)
+    roll_out = sampler(engine, head, budget)  # in place of eval.generate
 
 The weights go from the trainer's tensors into the engine's, without a file and without another
 process. Where the platform can (CUDA), the engine sleeps outside of `load` and `sample`, and its
@@ -14,6 +13,8 @@ Two samplers never agree to the last bit, so rewards must come from the trainer'
 pass (`entropy.score_all`); the log-probs from here show how far the two are apart.
 """
 import os
+
+import torch
 
 from entropy import score_all
 from eval import as_rows
@@ -126,23 +127,27 @@ def output_index(output):
     return output.index
 
 
-def roll_out(engine, model, head, prompts, stop, N, seed, args):
-    """A step's responses, as the policy is now: -> (responses, entropy, logprobs), with the
-    trainer's own numbers, nats (B*N, T), as rewards and gradients need them.
+def sampler(engine, head, budget):
+    """A function like eval.generate, by vLLM and with the model's present weights.
 
-    Prints how far vLLM's log-probs of the drawn tokens are from the trainer's on average, and a
-    warning where that has grown since the first step.
+    Its entropies and log-probs are the trainer's own, as rewards and gradients need them, by a
+    scoring pass in micro-batches of `budget` tokens. It prints how far vLLM's log-probs of the
+    drawn tokens are from them on average, and a warning where that has grown since its first
+    call. It draws by torch's seed.
     """
-    load(engine, model.named_parameters())
-    responses, sampled = sample(
-        engine, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N, seed=seed
-    )
-    entropy, logprobs, mask = score_all(
-        model, head, prompts, responses, args.temperature, 2 * args.budget
-    )
-    gap = (sampled.to(logprobs.device) - logprobs)[mask].abs().mean().item()
-    print(f"vLLM and trainer differ by {gap:.1g} nats a token")
-    engine.first_gap = getattr(engine, "first_gap", gap)
-    if gap > 2 * engine.first_gap + 1e-3:
-        print(f"warning: that is more than the {engine.first_gap:.1g} of the first step")
-    return responses, entropy, logprobs
+    gaps = []  # nats a token
+
+    def generate(model, prompts, stop, max_new_tokens, temperature, n, **ignored):
+        load(engine, model.named_parameters())
+        responses, sampled = sample(
+            engine, prompts, stop, max_new_tokens, temperature, n=n, seed=torch.initial_seed()
+        )
+        prompts = [prompt for prompt in prompts for _ in range(n)]
+        entropy, logprobs, mask = score_all(model, head, prompts, responses, temperature, budget)
+        gaps.append((sampled.to(logprobs.device) - logprobs)[mask].abs().mean().item())
+        print(f"vLLM and trainer differ by {gaps[-1]:.1g} nats a token")
+        if gaps[-1] > 2 * gaps[0] + 1e-3:
+            print(f"warning: that is more than the {gaps[0]:.1g} of the first step")
+        return responses, entropy, logprobs
+
+    return generate
