@@ -41,6 +41,7 @@ sys.path[0] = str(ROOT)  # in place of bench/, whose entropy.py and em_inf.py wo
 import em_ft  # noqa: E402
 import em_rl  # noqa: E402
 import eval as ev  # noqa: E402
+from bench import rollouts  # noqa: E402
 from bench.entropy import high_water, make_inputs, step  # noqa: E402
 from em_inf import EMInf  # noqa: E402
 from tasks.arguments import Help, comma_list, positive  # noqa: E402
@@ -187,22 +188,17 @@ def sampler(sizes, folder):
     device, length, speeds = sizes["device"], sizes["sampled"], {}
     model, tokenizer = random_model(sizes), AutoTokenizer.from_pretrained(TOKENIZER)
     for rows in sizes["rows"]:
-        prompts = some_prompts(rows // 4)
-        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-        ours = functools.partial(ev.generate, model, prompts, [], n=4, rows=rows)
-        theirs = functools.partial(
-            model.generate, **inputs.to(device), do_sample=True, top_k=0, num_return_sequences=4,
-            eos_token_id=sizes["model"]["vocab_size"], pad_token_id=0,  # an end that none draws
-        )
-        for name, generate in ("ours", ours), ("model.generate", theirs):
-            generate(max_new_tokens=4)  # warms up
-            seconds = seconds_of(functools.partial(generate, max_new_tokens=length), device)
+        prompts, end = some_prompts(rows // 4), [sizes["model"]["vocab_size"]]  # none draws it
+        for name, layer in ("ours", ev.GrowingLayer), ("model.generate", None):
+            draw = functools.partial(rollouts.sample, layer, model, tokenizer, prompts, end)
+            draw(4)  # warms up
+            seconds = seconds_of(functools.partial(draw, length), device)
             speeds[f"{name} at {rows} rows"] = round(rows * length / seconds)
     return speeds | {"summary": "; ".join(f"{name} {speeds[name]:,}" for name in speeds)}
 
 
 def vllm(sizes, folder):
-    """Tokens/s of vLLM as `--rollouts vllm` uses it: its falling asleep afterwards counts"""
+    """Tokens/s of vLLM as `--sampler vllm` uses it: its falling asleep afterwards counts"""
     dtype, length, speeds = getattr(torch, sizes["dtype"]), sizes["sampled"], {}
     model, _ = ev.load_model(folder / "model", sizes["device"], dtype)
     engine = vllm_rollouts.start(str(folder / "model"), dtype, longest=512, share=0.5)

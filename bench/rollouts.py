@@ -28,8 +28,8 @@ def sample(layer, model, tokenizer, prompts, stop, length):
         return ev.generate(model, prompts, stop, length, n=4, rows=256)
     inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     model.generate(
-        **inputs, do_sample=True, top_k=0, max_new_tokens=length, num_return_sequences=4,
-        eos_token_id=stop, pad_token_id=0,
+        **inputs.to(model.device), do_sample=True, top_k=0, max_new_tokens=length,
+        num_return_sequences=4, eos_token_id=stop, pad_token_id=0,
     )
 
 

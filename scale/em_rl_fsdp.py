@@ -16,7 +16,8 @@ what is done to a model. Every process runs this script. In a step it
 
 The normaliser, the gradient's norm and the logged means are those of all processes together.
 A run is reproducible on the same number of processes; on another one it draws other samples.
---prompts must be a multiple of the number of processes.
+--prompts must be a multiple of the number of processes. With --sampler vllm every process has a
+vLLM engine of its own, on its own GPU, which gets the weights put together one at a time.
 
 Rank 0 reads, writes and prints. A run's folder is em_rl.py's, and sharded-STEP/ besides, which
 each process writes for itself: several machines need a file system in common. --resume works on
@@ -27,8 +28,14 @@ and its checkpoint take longer, so say how long they may take: `torchrun --shutd
 3600 ...`, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600 in the environment. Where `torchrun --help`
 has no such option, send the signal to rank 0 alone, past torchrun: `kill -INT PID`, with the
 PID that is printed at the start.
+
+There is no --method for EM-FT. It has another objective, no rewards, no advantages, no old
+log-probs and by default no reference, so nearly every phase of a step would have a branch.
+What N GPUs need is in shards.py, for em_ft.py as well.
 """
 import argparse
+import functools
+import importlib.util
 import math
 import os
 import random
@@ -45,10 +52,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from em_rl import REWARDS, TINY, advantage, entropy_weights, reward
-from entropy import batches, k3, output_head, score_all
+from entropy import batches, k3, output_head
 from eval import (
     Help,
-    generate,
     growth,
     load_model,
     load_problems,
@@ -67,6 +73,7 @@ from scale.shards import (
     describe,
     evaluate_held_out,
     gathered,
+    generate_gathered,
     head_of,
     join_processes,
     memory_of,
@@ -75,14 +82,16 @@ from scale.shards import (
     restore,
     run_and_end,
     save,
+    score_gathered,
     share,
     spread,
     step_clipped,
     total,
     use_own_gpu,
+    whole_weights,
 )
 from tasks.problems import hub_says, reach_hub
-from training import report, run
+from training import report, run, vllm_rollouts
 
 NAME = Path(__file__).name
 
@@ -143,6 +152,10 @@ def read(argv, world):
     add("--keep-best", action="store_true", help="keep the best held-out model, by labels")
     add("--guard", type=growth, default=4.0, metavar="X", help="stop when length or entropy has "
         "grown X-fold, or the run has collapsed otherwise; 0: never")
+    add("--sampler", choices=["own", "vllm"], default="own", help="what draws the responses; vllm: "
+        "see training/vllm_rollouts.py")
+    add("--vllm-memory", type=positive, default=0.4, metavar="X", help="vLLM's share of the GPU's "
+        "memory while it samples")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
     parser.set_defaults(lora=None, merge=False)  # adapters need one GPU: em_rl.py has them
     args = run.parse_args(parser, argv, TINY, NAME)
@@ -158,6 +171,8 @@ def read(argv, world):
         if args.plan:
             print_plan(args)
             sys.exit()
+        if args.sampler == "vllm" and not importlib.util.find_spec("vllm"):
+            parser.error("--sampler vllm: needs a package; pip install vllm")
         default = "cuda" if torch.cuda.is_available() else "cpu"
         device, dtype = set_up(args.device or default, args.dtype)
         train = load_problems(args.data)
@@ -219,7 +234,21 @@ def main(argv=None):
     try:
         if device == "cuda":
             use_own_gpu()
-    except ValueError as error:
+        roll_out = generate_gathered
+        if args.sampler == "vllm":
+            longest = max(len(problem["ids"]) for problem in train) + args.max_new_tokens
+            # vLLM takes the group of all processes for its world, in which each is a group by
+            # itself; without the launcher's name all engines would be on the first GPU
+            launcher = "external_launcher" if "RANK" in os.environ else None
+            engine = vllm_rollouts.start(
+                args.model, dtype, longest, share=args.vllm_memory, rows=args.rollout_batch,
+                distributed_executor_backend=launcher,
+            )
+            roll_out = vllm_rollouts.sampler(
+                engine, head, 2 * args.budget, score=score_gathered, total=total,
+                weights=functools.partial(whole_weights, dtype=dtype),
+            )
+    except (ValueError, ImportError) as error:
         sys.exit(f"{NAME}: {error}")
     mesh = init_device_mesh(device, (world,))
     policy = MixedPrecisionPolicy(dtype, torch.float32)  # work in dtype, sum in float32
@@ -259,11 +288,10 @@ def main(argv=None):
         problems = run.next_problems(train, step, args)  # of all processes
         problems = [p for i, p in enumerate(problems) if i // N % world == rank]
         prompts = [problem["ids"] for problem in problems]  # B*N lists of token ids
-        with gathered(model):
-            responses, entropy, old_logprobs = generate(
-                model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
-                rows=args.rollout_batch, desc="rollouts" if rank == 0 else None,
-            )
+        responses, entropy, old_logprobs = roll_out(
+            model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
+            rows=args.rollout_batch, desc="rollouts" if rank == 0 else None,
+        )
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
         lengths = torch.tensor([len(response) for response in responses], device=device)
         mask = torch.arange(lengths.max(), device=device) < lengths[:, None]  # (B*N, T)
@@ -271,21 +299,18 @@ def main(argv=None):
         # score: the policy's numbers came with its samples; what does the reference say?
         ref_logprobs = old_logprobs  # (B*N, T), nats; without a KL its weight is 0
         if args.beta:
-            with gathered(reference):
-                _, ref_logprobs, _ = score_all(
-                    reference, head_of(reference, head), prompts, responses, args.temperature,
-                    2 * args.budget,
-                )
+            _, ref_logprobs, _ = score_gathered(
+                reference, head, prompts, responses, args.temperature, 2 * args.budget
+            )
 
         # reward: how sure the policy was; advantage: against the prompt's other N - 1
         confidence = {"token": -entropy, "sequence": old_logprobs}  # (B*N, T), nats
         if args.reward == "self-certainty":  # KL(uniform || pi), of another pass
-            with gathered(model):
-                now = head_of(model, head)
-                _, mean_logprobs, _ = score_all(
-                    model, now, prompts, responses, args.temperature, 2 * args.budget, mean=True
-                )
-            confidence["self-certainty"] = -mean_logprobs - math.log(len(now["weight"]))
+            _, mean_logprobs, _ = score_gathered(
+                model, head, prompts, responses, args.temperature, 2 * args.budget, mean=True
+            )
+            vocabulary = len(model.get_output_embeddings().weight)
+            confidence["self-certainty"] = -mean_logprobs - math.log(vocabulary)
         rewards = torch.zeros(B, N, device=device)
         for name in args.reward.split("+"):
             rewards += reward(

@@ -31,8 +31,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM
 
-from entropy import score
-from eval import evaluate
+from entropy import score, score_all
+from eval import evaluate, generate
 from training import run
 
 LONGEST_WAIT = datetime.timedelta(hours=2)  # of one process for another: loading, rollouts
@@ -206,6 +206,25 @@ def gathered(model):
         layer.set_reshard_after_forward(True, recurse=False)
 
 
+def generate_gathered(model, *args, **settings):
+    """eval.generate with all weights in each process's memory (to call it is a collective)."""
+    with gathered(model):
+        return generate(model, *args, **settings)
+
+
+def score_gathered(model, head, *batch, **settings):
+    """entropy.score_all with all weights in each process's memory (to call it is a collective)."""
+    with gathered(model):
+        return score_all(model, head_of(model, head), *batch, **settings)
+
+
+def whole_weights(model, dtype):
+    """Pairs of name and whole weight in `dtype`, one at a time: a collective each, so every
+    process must take them all."""
+    for name, p in model.named_parameters():
+        yield name, p.detach().to(dtype).full_tensor()
+
+
 @torch.no_grad()
 def collect(model, whole):
     """Copy the shards of all processes into rank 0's model `whole` (a collective)."""
@@ -353,19 +372,23 @@ def plan(need, capacity, args):
     """(offload, sync_each, bytes on the GPU while sampling, and while training).
 
     What args leaves open becomes true where a fifth of the GPU's `capacity` in bytes would
-    not be left otherwise, for the cache of keys and values or for activations.
+    not be left otherwise, for the cache of keys and values or for activations. vLLM takes its
+    share of the GPU before the whole model is there to score, so the larger of the two counts.
     """
+    sampler = need["whole"]
+    if args.sampler == "vllm" and capacity < math.inf:
+        sampler = max(sampler, args.vllm_memory * capacity)
     shards = need["masters"] + need["Adam"] + (need["reference"] if args.beta else 0)
     offload, sync_each = args.offload, args.sync_each
     if offload is None:
-        offload = shards + need["whole"] > 0.8 * capacity
+        offload = shards + sampler > 0.8 * capacity
     kept = 0 if offload else shards
     training = kept + need["layers"] + need["layer gradients"]
     if sync_each is None:
         sync_each = training + need["whole gradients"] > 0.8 * capacity
     training += 0 if offload else need["gradients"]
     training += 0 if sync_each else need["whole gradients"]
-    return offload, sync_each, kept + need["whole"], training
+    return offload, sync_each, kept + sampler, training
 
 
 def describe(need, processes, capacity, args):
@@ -376,10 +399,12 @@ def describe(need, processes, capacity, args):
     where = "CPU memory" if offload else "its device's memory"
     when = "after every micro-batch" if sync_each else "after the last micro-batch"
     whole = "" if sync_each else f" (until then {size(need['whole gradients'])} of them)"
+    sampler = f"the whole model too, {size(need['whole'])}"
+    if args.sampler == "vllm" and capacity < math.inf:
+        sampler = f"vLLM's {size(args.vllm_memory * capacity)}, and then {sampler}"
     lines = [
         f"each of {processes} processes has in {where}: {held}",
-        f"while sampling it has the whole model too, {size(need['whole'])}: "
-        f"{size(sampling)} in all",
+        f"while sampling it has {sampler}: {size(sampling)} in all",
         f"while training, layers at work {size(need['layers'])} and their gradients "
         f"{size(need['layer gradients'])}: {size(training)} in all",
         f"gradients are summed over processes {when}{whole}",

@@ -6,12 +6,14 @@ what they left, so that torch is loaded only once for all of it.
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -68,7 +70,7 @@ def generate_by_prompt(model, prompts, *args, generate=eval.generate, **settings
 def by_prompt():
     """In here both scripts and their evaluations use it, and no figure is drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (eval, em_rl, em_rl_fsdp):
+        for module in (eval, em_rl, shards):
             patch.setattr(module, "generate", generate_by_prompt)
         patch.setattr(report, "plot", lambda *_: None)
         yield
@@ -346,6 +348,31 @@ def test_the_plan_needs_a_config_only(billions, layers, settings, tmp_path, caps
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert shards.memory_of(model, 1, 2)["masters"] == 4 * model.num_parameters()
+
+
+def test_the_plan_counts_vllm_s_share_of_the_gpu():
+    """vLLM starts, and would have no room later for its weights beside the shards."""
+    need = dict.fromkeys(
+        ["masters", "gradients", "Adam", "reference", "layers", "layer gradients", "whole"], 10
+    ) | {"whole gradients": 1}
+    args = SimpleNamespace(beta=0, offload=None, sync_each=None, sampler="own", vllm_memory=0.7)
+    assert shards.plan(need, 100, args) == (False, False, 30, 51)
+    assert "vLLM" not in shards.describe(need, 2, 100, args)
+    args.sampler = "vllm"
+    assert shards.plan(need, 100, args) == (True, False, 70, 21)
+    args.offload = False
+    assert shards.plan(need, 100, args)[2] == 90
+    assert "vLLM" in shards.describe(need, 2, 100, args)
+    assert shards.plan(need, math.inf, args)[2] == 30  # on a CPU it has no share
+
+
+def test_vllm_that_is_missing_is_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(SystemExit) as end:
+        em_rl_fsdp.main(["--sampler", "vllm"])
+    assert end.value.code == 2
+    last = capsys.readouterr().err.strip().split("\n")[-1]
+    assert last.endswith("error: --sampler vllm: needs a package; pip install vllm")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 import copy
 import os
 import random
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from entropy import output_head, score_all
 from eval import generate, load_problems
 from scale.em_inf_vllm import EMInfVLLM
 from tasks.prompts import encode_problem, stop_ids
-from training import vllm_rollouts
+from training import run, vllm_rollouts
 
 ASKED = [  # what a request may ask for, and the same by hand
     (None, None),
@@ -285,6 +288,26 @@ def test_weights_that_jump_arrive_in_the_engine(start, engine, tiny, tied, tmp_p
             for p in model.parameters():
                 p.add_(0.3 * p.std() * torch.randn_like(p) if p.dim() > 1 else 0.1)
         assert gap(engine, model, prompts) > 0.1  # not loaded yet
+
+
+def test_weights_that_jump_arrive_in_the_engine_of_every_process(tmp_path):
+    """An engine with old weights, with a process's own shards, or with those of another step
+    would be tenths of a nat away, also in the mean over both processes. They have prompts and
+    lengths of their own, so a collective in the midst of sampling would hang here."""
+    flags = (
+        "--device cpu --sampler vllm --data-size 64 --prompts 8 --val none --max-new-tokens 20 "
+        "--steps 3 --lr 0.03 --guard 0 --out run"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, ROOT / "scale/em_rl_fsdp.py", *flags.split()], cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    gaps = re.findall(r"vLLM and trainer differ by (\S+) nats", done.stdout)
+    assert len(gaps) == 3 and max(map(float, gaps)) < 1e-3  # rank 0 alone prints
+    rows = run.read_rows(tmp_path / "run/metrics.csv")[1:]
+    assert min(row["kl"] for row in rows[1:]) > 0.1  # nats a token, so far from the first weights
 
 
 def answers(engine, prompts, temperature, extra_args):

@@ -66,6 +66,7 @@ def rest(engine):
 def load(engine, weights):
     """Replace the engine's weights by pairs of name and tensor, as in a checkpoint."""
     if engine.model_config.enable_sleep_mode:
+        torch.cuda.empty_cache()  # what torch keeps for itself, the engine can't have
         engine.wake_up(tags=["weights"])
     pairs = ((name, weight.detach()) for name, weight in weights)
     engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
@@ -127,26 +128,34 @@ def output_index(output):
     return output.index
 
 
-def sampler(engine, head, budget):
+def sampler(
+    engine, head, budget, weights=torch.nn.Module.named_parameters, score=score_all, total=dict
+):
     """A function like eval.generate, by vLLM and with the model's present weights.
 
     Its entropies and log-probs are the trainer's own, as rewards and gradients need them, by a
     scoring pass in micro-batches of `budget` tokens. It prints how far vLLM's log-probs of the
     drawn tokens are from them on average, and a warning where that has grown since its first
-    call. It draws by torch's seed.
+    call; without `desc` it prints nothing. It draws by torch's seed.
+
+    For a model that is spread over processes, `weights` gives the pairs that `load` takes from
+    it, `score` is in place of score_all, and `total` sums a dict of numbers over all processes.
     """
     gaps = []  # nats a token
 
-    def generate(model, prompts, stop, max_new_tokens, temperature, n, **ignored):
-        load(engine, model.named_parameters())
+    def generate(model, prompts, stop, max_new_tokens, temperature, n, desc=None, **ignored):
+        load(engine, weights(model))
         responses, sampled = sample(
             engine, prompts, stop, max_new_tokens, temperature, n=n, seed=torch.initial_seed()
         )
         prompts = [prompt for prompt in prompts for _ in range(n)]
-        entropy, logprobs, mask = score_all(model, head, prompts, responses, temperature, budget)
-        gaps.append((sampled.to(logprobs.device) - logprobs)[mask].abs().mean().item())
-        print(f"vLLM and trainer differ by {gaps[-1]:.1g} nats a token")
-        if gaps[-1] > 2 * gaps[0] + 1e-3:
+        entropy, logprobs, mask = score(model, head, prompts, responses, temperature, budget)
+        gap = (sampled.to(logprobs.device) - logprobs)[mask].abs().sum()
+        sums = total({"gap": gap, "tokens": mask.sum()})
+        gaps.append(float(sums["gap"] / sums["tokens"]))
+        if desc:
+            print(f"vLLM and trainer differ by {gaps[-1]:.1g} nats a token")
+        if desc and gaps[-1] > 2 * gaps[0] + 1e-3:
             print(f"warning: that is more than the {gaps[0]:.1g} of the first step")
         return responses, entropy, logprobs
 
