@@ -113,9 +113,14 @@ def same_answer(answer, other):
 
 
 def is_correct(response, problem):
-    """Does a response's last box hold the problem's answer?"""
+    """Does a response's last box hold the problem's answer, or one of a list of them?"""
     box = last_box(response)
-    return box is not None and same_answer(str(problem["answer"]), box)
+    if box is None:
+        return False
+    answers = problem["answer"]
+    if not isinstance(answers, list):
+        answers = [answers]
+    return any(same_answer(str(answer), box) for answer in answers)
 
 
 def votes(texts):

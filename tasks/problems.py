@@ -28,7 +28,10 @@ from tasks.sandbox import passes
 PROMPT_FIELDS = "prompt", "problem", "question"  # the first one that a row has
 KINDS = {  # field: what it may be
     "id": ((str, int), "a string or a whole number"),
-    "answer": ((str, int, float), "a string (with commas between several answers) or a number"),
+    "answer": (
+        (str, int, float, list),
+        "a string (with commas between several answers), a number, or a list of right answers",
+    ),
     "solution": (str, "a string"),
     "setup": (str, "Python source"),
     "after": (list, "a list of ids"),
@@ -312,7 +315,11 @@ def as_problem(row, default_id):
     answer = problem.pop("answer", None)
     if answer is None:
         answer = last_box(problem.get("solution", ""))
-    if answer is not None:
+    if isinstance(answer, list):  # any of them is right
+        if not answer or not all(isinstance(right, str | int | float) for right in answer):
+            raise ValueError(f'"answer" is {shown(answer)}; give strings or numbers in the list')
+        answer = [str(right).strip() for right in answer]
+    elif answer is not None:
         answer = str(answer).split("####")[-1].strip()
     if answer:
         problem["answer"] = answer
@@ -323,8 +330,8 @@ def load_problems(name_or_path):
     """Problems of a JSONL file, a benchmark or a data set of the Hub: a list of dicts.
 
     A prompt is the first of PROMPT_FIELDS that is a string. An answer is what stands behind
-    GSM8K's "####"; where there is none, it is the solution's last box. A field that is null
-    counts as absent, and others stay as they are.
+    GSM8K's "####"; where there is none, it is the solution's last box. Of a list of answers any
+    is right. A field that is null counts as absent, and others stay as they are.
 
     Raises FileNotFoundError (no such file or data set, no network), or ValueError with the
     line of what can't be asked or graded.

@@ -197,6 +197,7 @@ def test_the_order_of_two_answers_does_not_matter():
     (r"\boxed{016}", "16", True), (r"\boxed{16}", 16, True), ("4", "4", False),
     (r"\boxed{4} and then \boxed{5", "4", False), (r"\boxed{5} and \boxed{4}", "4", True),
     (r"\boxed{4} and \boxed{5}", "4", False), (r"\boxed{}", "", False),
+    (r"\boxed{5}", ["4", "5"], True), (r"\boxed{6}", ["4", "5"], False), ("5", ["5"], False),
 ])
 def test_only_the_last_box_is_correct_or_not(response, answer, right):
     assert is_correct(response, {"answer": answer}) is right
@@ -282,7 +283,8 @@ BAD = [  # (the second line of a file, words that the error must hold)
     ('{"prompt": "b", "id": ["a"]}', '"id"', "['a']", "leave it out"),
     ('{"prompt": "b", "id": {"a": 1}}', '"id"', "{'a': 1}", "string"),
     ('{"prompt": "b", "id": true}', '"id"', "True", "string"),
-    ('{"prompt": "b", "answer": ["1", "2"]}', '"answer"', "['1', '2']", "commas"),
+    ('{"prompt": "b", "answer": ["1", ["2"]]}', '"answer"', "['1', ['2']]", "list"),
+    ('{"prompt": "b", "answer": []}', '"answer"', "[]", "list"),
     ('{"prompt": "b", "answer": {"x": 1}}', '"answer"', "{'x': 1}", "number"),
     ('{"prompt": "b", "answer": false}', '"answer"', "False", "number"),
     ('{"prompt": "b", "solution": 5}', '"solution"', "5", "string"),
