@@ -224,7 +224,10 @@ def guard():
     child = 0  # until there is one, a signal ends the guard itself
 
     def stop(number, frame):
-        os.kill(child, signal.SIGKILL)
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:  # it has ended by itself, at this moment
+            pass
 
     signal.signal(signal.SIGALRM, stop)
     signal.signal(signal.SIGTERM, stop)
