@@ -1,0 +1,137 @@
+"""
+English word problems with answers in three styles, to give a small pretrained model an ability
+that entropy minimisation can bring out: see "From the toy to a real model" in README.md.
+
+    python course/word_problems.py --out runs/words   # train.jsonl, test.jsonl, hard.jsonl
+
+    Mia has 12 shells. She finds 7 more. Then 4 of them break. How many shells are there now?
+
+    worked    12 + 7 = 19, 19 - 4 = 15, \\boxed{15}
+    direct    \\boxed{15}
+    rambling  Maybe 31, maybe 8, maybe 26, \\boxed{26}
+
+A problem has 2 to 4 steps, in hard.jsonl 5 or 6. A worked step is wrong now and then, and its
+writer goes on from the wrong number; longer problems are answered directly more often. So the
+model can solve more than it usually does, and is surest of what it works out. The sentences and
+the numbers of test.jsonl and hard.jsonl never occur in train.jsonl.
+"""
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tasks.arguments import Help, nonnegative, positive_int, whole_number
+from tasks.files import replace_file
+
+ASK = "Answer with the number in \\boxed{}."
+NAMES = "Mia Noah Lena Omar Ruth Ivan Yuki Paul Ana Karl".split()
+THINGS = "shells stamps apples coins marbles books pencils cards".split()
+SENTENCES = {  # a first one, a last one, and what happens between them; {n} is the number
+    "train": {
+        "start": ["{name} has {n} {things}.", "There are {n} {things} in {name}'s box."],
+        "+": ["Then {n} more are bought.", "A friend brings {n} more.", "{n} more turn up."],
+        "-": ["Then {n} of them get lost.", "{n} are given away.", "{n} of them are sold."],
+        "*": ["After that there are {n} times as many.", "The number grows {n}-fold."],
+        "end": ["How many {things} are there now?", "How many {things} does that make?"],
+    },
+    "test": {
+        "start": ["{name} starts the day with {n} {things}."],
+        "+": ["An aunt adds {n}.", "{name} finds {n} others."],
+        "-": ["Somebody takes {n} away.", "{n} of the {things} break."],
+        "*": ["{name} wishes for {n} times that number, and gets it."],
+        "end": ["What is the number of {things} in the end?"],
+    },
+}
+
+
+def chain(rng, kind, steps):
+    """[("+", 7), ("-", 4)] and the numbers passed through, [12, 19, 15], all from 1 to 99. Test
+    problems take every fourth number, and training problems the others."""
+    numbers = [n for n in range(2, 60) if (n % 4 == 3) == (kind == "test")]
+    factors = [3] if kind == "test" else [2, 4, 5]
+    results = [rng.choice(numbers)]
+    ops = []
+    while len(ops) < steps:
+        op = rng.choice("++--*")
+        n = rng.choice(factors if op == "*" else numbers)
+        result = apply(results[-1], op, n)
+        if 1 <= result <= 99:
+            ops.append((op, n))
+            results.append(result)
+    return ops, results
+
+
+def apply(number, op, n):
+    return {"+": number + n, "-": number - n, "*": number * n}[op]
+
+
+def solution(rng, ops, results, args):
+    """An answer in one of the three styles."""
+    style = rng.random()
+    direct = min(1.0, args.direct * (len(ops) - 1))
+    if style < args.rambling:
+        guesses = [str(rng.randrange(1, 100)) for _ in range(2 * len(ops))]
+        return "Maybe " + ", maybe ".join(guesses) + f", \\boxed{{{guesses[-1]}}}"
+    if style < args.rambling + direct:
+        return f"\\boxed{{{results[-1]}}}"
+    number, lines = results[0], []
+    for op, n in ops:
+        result = apply(number, op, n)
+        if rng.random() < args.noise:
+            result += rng.choice([-10, -2, -1, 1, 2, 10])
+        lines.append(f"{number} {op} {n} = {result}")
+        number = result
+    return ", ".join(lines) + f", \\boxed{{{number}}}"
+
+
+def problem(rng, kind, lengths, args):
+    ops, results = chain(rng, kind, rng.choice(lengths))
+    words = {"name": rng.choice(NAMES), "things": rng.choice(THINGS)}
+    sentences = []
+    for place, n in [("start", results[0]), *ops, ("end", None)]:
+        sentence = rng.choice(SENTENCES[kind][place])
+        sentences.append(sentence.format(n=n, **words))
+    return {
+        "prompt": " ".join([*sentences, ASK]),
+        "answer": str(results[-1]),
+        "steps": len(ops),
+        "solution": solution(rng, ops, results, args),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/words"), help="folder for the three files")
+    add("--size", type=positive_int, default=8000, help="problems in train.jsonl")
+    add("--test-size", type=positive_int, default=256, help="problems in each of the others")
+    add("--direct", type=nonnegative, default=0.2, metavar="SHARE", help="of direct answers to "
+        "two steps; each further step adds as much")
+    add("--rambling", type=nonnegative, default=0.06, metavar="SHARE", help="of rambling answers")
+    add("--noise", type=nonnegative, default=0.1, metavar="SHARE", help="of wrong steps among "
+        "the worked ones")
+    add("--seed", type=whole_number, default=1, help="of everything")
+    args = parser.parse_args()
+    if 3 * args.direct + args.rambling > 1:
+        parser.error(f"--direct {args.direct}: four steps would have 3 times that share, and "
+                     f"--rambling {args.rambling}: more than all answers")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(args.seed)
+    for name, kind, lengths, size in [
+        ("train", "train", (2, 3, 4), args.size),
+        ("test", "test", (2, 3, 4), args.test_size),
+        ("hard", "test", (5, 6), args.test_size),
+    ]:
+        problems = {}  # by prompt, so that all differ
+        while len(problems) < size:
+            one = problem(rng, kind, lengths, args)
+            problems[one["prompt"]] = {"id": f"{name}/{len(problems)}"} | one
+        lines = [json.dumps(one) + "\n" for one in problems.values()]
+        replace_file(args.out / f"{name}.jsonl", "".join(lines))
+    print(f"{args.out}: {args.size} problems to train on, twice {args.test_size} to test with")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What course/ makes: word problems for a real model."""
+import json
+import re
+import sys
+
+import pytest
+
+from tasks.answers import last_box
+from tests.models import ROOT
+
+sys.path.insert(0, str(ROOT / "course"))
+import word_problems
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """Make problems with flags: -> {"train", "test", "hard": rows}."""
+
+    def make(flags=""):
+        command = f"word_problems.py --size 300 --test-size 60 --out {tmp_path} {flags}"
+        monkeypatch.setattr(sys, "argv", command.split())
+        word_problems.main()
+        rows = {}
+        for name in ("train", "test", "hard"):
+            lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+            rows[name] = [json.loads(line) for line in lines]
+        return rows
+
+    return make
+
+
+def numbers_of(problem):
+    return [int(number) for number in re.findall(r"\d+", problem["prompt"])]
+
+
+def sentences_of(problem):
+    words = "|".join(word_problems.NAMES + word_problems.THINGS)
+    text = re.sub(rf"\d+|{words}", "_", problem["prompt"])
+    return set(re.split(r"(?<=[.?]) ", text)) - {word_problems.ASK}
+
+
+def test_sentences_and_numbers_of_the_tests_are_not_trained_on(made):
+    rows = made()
+    numbers, sentences = {}, {}
+    for name, problems in rows.items():
+        numbers[name] = {number for problem in problems for number in numbers_of(problem)}
+        sentences[name] = set().union(*map(sentences_of, problems))
+    for name in "test", "hard":
+        assert not numbers[name] & numbers["train"]
+        assert not sentences[name] & sentences["train"]
+    assert {problem["steps"] for problem in rows["train"]} == {2, 3, 4}
+    assert {problem["steps"] for problem in rows["hard"]} == {5, 6}
+    assert all(word_problems.ASK in problem["prompt"] for problem in rows["test"])
+
+
+def test_worked_answers_without_noise_are_right(made):
+    for problem in made("--direct 0 --rambling 0 --noise 0")["hard"]:
+        number = numbers_of(problem)[0]
+        for line in re.findall(r"\d+ [-+*] \d+ = \d+", problem["solution"]):
+            step, result = line.split(" = ")
+            assert step.startswith(f"{number} ") and eval(step) == int(result)  # independent
+            number = int(result)
+        assert str(number) == problem["answer"] == last_box(problem["solution"])
+
+
+def test_styles_have_the_shares_that_were_asked_for(made):
+    rows = made("--size 3000 --direct 0.2 --rambling 0.1 --noise 0.1")["train"]
+    for steps, share in (2, 0.2), (3, 0.4), (4, 0.6):
+        some = [row["solution"] for row in rows if row["steps"] == steps]
+        direct = sum(solution.startswith("\\boxed") for solution in some) / len(some)
+        rambling = sum(solution.startswith("Maybe") for solution in some) / len(some)
+        assert direct == pytest.approx(share, abs=0.07)
+        assert rambling == pytest.approx(0.1, abs=0.05)
+
+
+def test_shares_that_leave_no_worked_answers_are_refused(made):
+    with pytest.raises(SystemExit):
+        made("--direct 1.2")
