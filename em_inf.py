@@ -29,8 +29,10 @@ import argparse
 import functools
 import itertools
 import math
+import os
 import sys
 import time
+from bisect import bisect
 from pathlib import Path
 
 import torch
@@ -60,6 +62,8 @@ SCHEMES = {  # responses to a prompt at once, and rounds, each with the answer b
     "refine": (1, 3),
 }
 SHARPENERS = "em-inf", "adaptive-temperature"
+LEVELS = 0.1, 0.3, 0.7, 1.2, 2.0  # nats, at which the ground of a token changes
+GROUNDS = "0 48;5;195;30 48;5;153;30 48;5;111;30 48;5;69;30 48;5;27;97".split()  # of a terminal
 DECODERS = (
     "greedy,sample,sample@0.1,adaptive-temperature,em-inf,self-consistency,refine,"
     "em-inf+self-consistency"
@@ -376,13 +380,31 @@ def main(argv=None):
 
 
 def answer_one(args, model, tokenizer, em_inf):
-    """Print one answer as it comes, until Ctrl-C."""
+    """Print one answer as it comes, until Ctrl-C: in a terminal that has colours, each token on a
+    ground of its entropy."""
+    streamer, ids, entropy = TextStreamer(tokenizer, skip_special_tokens=True), [], []
+
+    def sharpen(logits):
+        entropy.append(token_entropy(logits).item())
+        return em_inf.sharpen(logits)
+
+    def put(drawn):  # (1,)
+        before = tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
+        ids.extend(drawn.tolist())
+        text = tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")  # whole characters
+        colour = f"\x1b[{GROUNDS[bisect(LEVELS, entropy[-1])]}m"
+        added = text[len(before) :].replace("\n", f"\x1b[0m\n{colour}")
+        print(f"{colour}{added}\x1b[0m", end="", flush=True)
+
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        streamer.put, streamer.end = put, print
+        grounds = zip(GROUNDS, ("under 0.1", *LEVELS))
+        print("nats:", *(f"\x1b[{code}m {least} \x1b[0m" for code, least in grounds))
     torch.manual_seed(1)
     try:
         generate(
             model, [encode_prompt(tokenizer, args.prompt)], stop_ids(model, tokenizer),
-            args.max_new_tokens, args.temperature, sharpen=em_inf.sharpen,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+            args.max_new_tokens, args.temperature, sharpen=sharpen, streamer=streamer,
         )
     except KeyboardInterrupt:
         print()
