@@ -4,16 +4,17 @@ that entropy minimisation can bring out: see "From the toy to a real model" in R
 
     python course/word_problems.py --out runs/words   # train.jsonl, test.jsonl, hard.jsonl
 
-    Mia has 12 shells. She finds 7 more. Then 4 of them break. How many shells are there now?
+    Mia has 12 shells. 8 more turn up. Then 4 of them get lost. How many shells are there now?
 
-    worked    12 + 7 = 19, 19 - 4 = 15, \\boxed{15}
-    direct    \\boxed{15}
-    rambling  Maybe 31, maybe 8, maybe 26, \\boxed{26}
+    worked    12 + 8 = 20, 20 - 4 = 16, \\boxed{16}
+    direct    \\boxed{16}
+    rambling  Maybe 31, maybe 8, maybe 26, maybe 17, \\boxed{17}
 
 A problem has 2 to 4 steps, in hard.jsonl 5 or 6. A worked step is wrong now and then, and its
 writer goes on from the wrong number; longer problems are answered directly more often. So the
-model can solve more than it usually does, and is surest of what it works out. The sentences and
-the numbers of test.jsonl and hard.jsonl never occur in train.jsonl.
+model can solve more than it usually does, and is surest of what it works out. No sentence of
+test.jsonl and hard.jsonl, and no number that one of their problems gives, is in a problem of
+train.jsonl.
 """
 import argparse
 import json
@@ -69,12 +70,12 @@ def apply(number, op, n):
 
 def solution(rng, ops, results, args):
     """An answer in one of the three styles."""
-    style = rng.random()
-    direct = min(1.0, args.direct * (len(ops) - 1))
-    if style < args.rambling:
+    draw = rng.random()
+    direct = args.direct * (len(ops) - 1)
+    if draw < args.rambling:
         guesses = [str(rng.randrange(1, 100)) for _ in range(2 * len(ops))]
         return "Maybe " + ", maybe ".join(guesses) + f", \\boxed{{{guesses[-1]}}}"
-    if style < args.rambling + direct:
+    if draw < args.rambling + direct:
         return f"\\boxed{{{results[-1]}}}"
     number, lines = results[0], []
     for op, n in ops:
@@ -127,8 +128,10 @@ def main():
         problems = {}  # by prompt, so that all differ
         while len(problems) < size:
             one = problem(rng, kind, lengths, args)
-            problems[one["prompt"]] = {"id": f"{name}/{len(problems)}"} | one
-        lines = [json.dumps(one) + "\n" for one in problems.values()]
+            problems[one["prompt"]] = one
+        lines = []
+        for i, one in enumerate(problems.values()):
+            lines.append(json.dumps({"id": f"{name}/{i}"} | one) + "\n")
         replace_file(args.out / f"{name}.jsonl", "".join(lines))
     print(f"{args.out}: {args.size} problems to train on, twice {args.test_size} to test with")
 

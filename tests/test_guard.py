@@ -108,7 +108,7 @@ def test_the_hook_changes_nothing_and_measures_the_kl_to_the_model_that_the_run_
         return signals(*args)
 
     monkeypatch.setattr(guard, "signals", signals_that_draw)
-    guard.measure(tmp_path / "random-fast-half-1")
+    guard.train(tmp_path / "random-fast-half-1")
     plain, watched = (read_rows(tmp_path / name / "metrics.csv")
                       for name in ("plain", "random-fast-half-1"))
     for row in plain + watched:

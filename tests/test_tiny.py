@@ -1,19 +1,22 @@
 """The tiny world, and the findings on it."""
 import json
-import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from tasks.answers import last_box
+from tasks.answers import is_correct, last_box
 from tests.models import ROOT
 
 sys.path.insert(0, str(ROOT / "tiny"))
+import figures
 import findings
+import jobs
+import measure
 import prepare
 import report
 
@@ -49,6 +52,25 @@ def test_answers_and_solutions_are_right():
         assert str(digit) == problem["answer"] == last_box(problem["solution"])
 
 
+def test_any_result_of_several_chains_is_a_right_answer():
+    problem = prepare.make_problems(seed=0, several=True)[1][0]
+    results = []
+    for text in problem["prompt"].split(": ")[1].split(", "):
+        digit, *ops = re.findall(r"[-+*]?\d", text)
+        for op in ops:
+            digit = eval(f"({digit}{op}) % 10")
+        results.append(str(digit))
+    assert problem["answer"] == results and len(set(results)) == 3
+    assert all(is_correct(rf"\boxed{{{x}}}", problem) == (x in results) for x in "0123456789")
+    stream = prepare.documents(0, prepare.HABITS, 1.0, (), True)
+    firsts = []
+    for _ in range(1000):
+        prompt, response = next(stream)
+        if "=" in response:
+            firsts.append(prompt.split(": ")[1].startswith(response.split("=")[0]))
+    assert np.mean(firsts) == pytest.approx(prepare.SHARES[0], abs=0.06)
+
+
 def test_the_model_is_small_and_its_corpus_has_three_styles():
     assert sum(file.stat().st_size for file in (ROOT / "tiny/base").iterdir()) < 3e6
     stream = prepare.documents(0, prepare.HABITS, 1.0, ())
@@ -62,17 +84,17 @@ def test_the_model_is_small_and_its_corpus_has_three_styles():
 
 def test_jobs_have_their_own_places_and_come_behind_those_they_wait_for():
     uses = list(findings.plan(findings.FULL, ROOT / "runs/x"))
-    jobs = findings.jobs_of(uses)
-    outs = [job.out for job in jobs]
+    ordered = jobs.in_order(job for _, _, job, _ in uses)
+    outs = [job.out for job in ordered]
     assert len(set(outs)) == len(outs)
-    for i, job in enumerate(jobs):
+    for i, job in enumerate(ordered):
         assert {needed.out for needed in job.after} <= set(outs[:i])
     used = {}
     for experiment, setting, job, _ in uses:
-        assert job in jobs  # one place, one command
+        assert job in ordered  # one place, one command
         used.setdefault((experiment, setting), []).append(job)
     assert len(used["kl", "0.001"]) == 3
-    assert used["kl", "0.001"] == used["norm", "token, mean"]
+    assert used["kl", "0.001"] == used["norm", "token, mean"] == used["coef", "0"]
 
 
 def test_a_guard_would_have_stopped_where_the_run_collapsed():
@@ -81,12 +103,12 @@ def test_a_guard_would_have_stopped_where_the_run_collapsed():
         entropy = 0.5 if step >= 10 else 0.1
         rows.append({"step": step, "entropy": entropy, "length": 20, "truncated": 0.0})
     # steps 10 to 12 have 5 times the entropy of the first three, 9 to 11 have 3.7 times
-    assert findings.guard_stop(rows) == 12
-    assert np.isnan(findings.guard_stop(rows[:12]))
+    assert measure.guard_stop(rows) == 12
+    assert np.isnan(measure.guard_stop(rows[:12]))
 
 
 def job_of(folder, name, code, *after):
-    return findings.Job(folder / name, ["-c", "import sys; out = sys.argv[2]\n" + code], after)
+    return jobs.Job(folder / name, ["-c", "import sys; out = sys.argv[2]\n" + code], after)
 
 
 MAKE = "open(out, 'a').write('x')"
@@ -96,9 +118,9 @@ def test_what_is_finished_is_skipped_unless_something_else_is_asked_for(tmp_path
     first = job_of(tmp_path, "first", MAKE)
     second = job_of(tmp_path, "second", MAKE, first)
     for _ in range(2):
-        findings.execute([first, second], 2, tmp_path)
+        jobs.execute([first, second], 2, tmp_path)
     assert first.out.read_text() == second.out.read_text() == "x"
-    findings.execute([job_of(tmp_path, "first", MAKE + "; " + MAKE)], 1, tmp_path)
+    jobs.execute([job_of(tmp_path, "first", MAKE + "; " + MAKE)], 1, tmp_path)
     assert first.out.read_text() == "xxx"
 
 
@@ -106,49 +128,84 @@ def test_a_job_that_fails_is_named_and_stops_what_waits(tmp_path):
     bad = job_of(tmp_path, "bad", "raise ValueError('what went wrong')")
     later = job_of(tmp_path, "later", MAKE, bad)
     with pytest.raises(RuntimeError, match="(?s)^bad failed with exit code 1.*what went wrong"):
-        findings.execute([bad, later], 2, tmp_path)
+        jobs.execute([bad, later], 2, tmp_path)
     assert not later.out.exists()
 
 
-def test_findings_do_not_start_beside_another_nor_beside_the_jobs_of_a_killed_one(tmp_path):
-    held = findings.lock(tmp_path)
-    inode = os.fstat(held.fileno()).st_ino
-    with pytest.raises(SystemExit, match="in use by another"):
-        findings.execute([], 1, tmp_path)
-    sleep = [sys.executable, "-S", "-c", "import time; time.sleep(100)"]
-    orphan = subprocess.Popen(sleep, pass_fds=[held.fileno()])
-    held.close()
-    with pytest.raises(SystemExit, match="jobs of one that was killed"):
-        findings.execute([], 1, tmp_path)
-    orphan.kill()
-    orphan.wait()
-    look = f"""import os
-for name in os.listdir("/dev/fd"):
-    if os.path.exists("/dev/fd/" + name) and os.stat("/dev/fd/" + name).st_ino == {inode}:
-        open(out, "w")"""
-    job = job_of(tmp_path, "look", look)
-    findings.execute([job], 1, tmp_path)
-    assert job.out.exists(), "a job has not inherited the lock"
+def test_two_processes_do_not_do_the_same_jobs(tmp_path):
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from tasks.files import lock; "
+    code += f"held = lock({str(tmp_path)!r}); print('held', flush=True); time.sleep(100)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(OSError, match="another process"):
+            jobs.execute([], 1, tmp_path)
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_numbers_of_all_seeds_are_collected_and_survive_their_csv(tmp_path):
     uses = []
     for seed, gain in (1, 0.1), (2, -0.07):
-        job = findings.Job(tmp_path / f"{seed}.json", [], ())
+        job = jobs.Job(tmp_path / f"{seed}.json", [], ())
         gains = {"gain greedy": gain, "gain T = 1": 0.1}
-        parts = {"token": {"forecast": 0.05, "worked, wrong": np.nan}, "gains": gains}
+        parts = {"token": {"forecast": 0.05, "worked wrong": np.nan}, "gains": gains}
         job.out.write_text(json.dumps(parts))
-        uses += [("fails", "0, token", job, "gains"), ("rise", "base, token", job, "token")]
+        uses += [("fails", "0, token", job, "gains"), ("surest", "token", job, "token")]
     found = findings.collect(uses + [("fails", "0, token", job, "token")])
     assert found["fails", "0, token", "gain greedy"] == [0.1, -0.07]
-    assert found["rise", "base, token", "forecast"] == [0.05, 0.05]
+    assert found["surest", "token", "forecast"] == [0.05, 0.05]
     assert np.isnan(found["fails", "0, token", "sign right (greedy)"])  # 1.5 points have none
     assert found["fails", "0, token", "sign right (T = 1)"] == [1.0]
-    findings.write_csv(tmp_path / "findings.csv", found)
-    read = findings.read_csv(tmp_path / "findings.csv")
+    report.write_csv(tmp_path / "findings.csv", found)
+    read = report.read_csv(tmp_path / "findings.csv")
     assert read.keys() == found.keys()
     for key, values in found.items():
         assert read[key] == pytest.approx(values, nan_ok=True)
+
+
+def test_a_run_s_peak_end_and_kl_are_read_from_its_metrics():
+    rows = [{"step": 0, "val_greedy": 0.5}, {"step": 1, "kl": 0.0, "length": 10, "flops": 1e9}]
+    for step, greedy in (5, 0.96), (10, 0.7):
+        row = {"step": step, "val_greedy": greedy, "kl": 0.01 * step, "length": 20, "flops": 1e9}
+        rows.append(row)
+    for row in rows:
+        row |= {"val_sampled": 0.4, "val_entropy": 0.3, "val_length": 20, "entropy": 0.3,
+                "truncated": 0.0}
+    found = measure.of_run(rows)
+    assert (found["peak at step"], found["peak greedy"], found["greedy"]) == (5, 0.96, 0.7)
+    assert found["steps to 95 %"] == 5 and found["FLOPs"] == 3
+    assert found["KL at peak"] == pytest.approx(1.0) and found["KL at end"] == pytest.approx(2.0)
+    assert measure.of_run(rows[:1])["KL at peak"] == 0
+
+
+def test_families_of_problems_are_what_their_names_say():
+    for family, limits in findings.FAMILIES["threshold"].items():
+        problems = measure.problems_of(limits, 20)
+        assert len({problem["id"] for problem in problems}) == 20
+        signs = {sign for problem in problems for sign in problem["prompt"][24:] if sign in "+-*"}
+        lengths = {problem["operations"] for problem in problems}
+        assert lengths <= set(limits.get("lengths", prepare.LENGTHS)), family
+        assert signs == set(limits.get("signs", "+-*")), family
+
+
+def test_measured_answers_count_the_different_right_ones():
+    greedy = [sample("a", "1", True), sample("b", "2", False)]
+    sampled = [sample("a", answer, True) for answer in "1144"]
+    sampled += [sample("b", answer, answer == "3") for answer in "1233"]
+    answers = measure.of_answers(greedy, sampled)["answers"]
+    assert answers["distinct right answers"] == (2 + 1) / 2
+    assert answers["distinct answers"] == (2 + 3) / 2
+    assert answers["greedy"] == 0.5 and answers["T = 1"] == 6 / 8
+
+
+def sample(problem, answer, correct):
+    return {
+        "id": problem, "response": rf"\boxed{{{answer}}}", "correct": correct, "answered": True,
+        "truncated": False, "length": 3, "entropy": float(answer), "logprob": -float(answer),
+        "flops": 1.0, "seconds": 0.0, "seed": 1,
+    }
 
 
 @pytest.mark.parametrize("metric, values, shown", [
@@ -174,40 +231,51 @@ def test_two_settings_differ_only_beyond_their_noise(a, b, relation):
     assert report.compared(a, b) == relation
 
 
-def test_findings_md_is_what_its_csv_says():
-    text = report.report(findings.read_csv(ROOT / "tiny/findings.csv"), 0, 3, "")
-    own = (ROOT / "tiny/findings.md").read_text()
-    assert own[own.index("## ") :] == text[text.index("## ") :] and "uncommitted" not in own
+FOUND = {
+    ("kl", "0", "greedy"): [0.5, 0.52],
+    ("kl", "1.5", "greedy"): [0.2],
+    ("fails", "0, token", "gain greedy"): [-0.078],
+}
+
+
+def test_numbers_are_put_where_a_text_wants_them():
+    text = "# Title\n\n<!-- table: kl; β; greedy -->\n\nold\n\nEM: 7.1 %<!--kl|0|greedy-->, "
+    text += "+9 points<!--fails|0, token|gain greedy-->, 0.50<!--kl|1.5|greedy-->, "
+    text += "3<!--no|such|x-->\n\n<!-- made by -->\n\nold\n\nend\n"
+    filled = report.fill(text, FOUND, {"made by": "a command"})
+    assert "| 0 | 51.0% ± 1.4% |\n| 1.5 | 20.0% |\n\nEM: 51.0 %<!--kl|0|greedy-->" in filled
+    assert "-8 points<!--" in filled and "0.20<!--" in filled and "3<!--no|such|x-->" in filled
+    assert "\n\na command\n\nend\n" in filled and "old" not in filled
+    assert report.fill(filled, FOUND) == filled
+
+
+def test_the_texts_say_what_the_csv_says():
+    found = report.read_csv(ROOT / "tiny/findings.csv")
+    for name, count in ("tiny/findings.md", 40), ("README.md", 12), ("course/README.md", 0):
+        text = (ROOT / name).read_text()
+        assert report.fill(text, found) == text, name
+        marks = re.findall(r"<!-- \w+: (\w+)|<!--(\w+)\|", text)
+        assert len(marks) >= count, name
+        assert {first or second for first, second in marks} <= {key[0] for key in found}, name
+    text = (ROOT / "tiny/findings.md").read_text()
+    assert "-dirty" not in text and "not measured" not in text
 
 
 def test_the_figures_can_be_drawn(tmp_path):
-    found = findings.read_csv(ROOT / "tiny/findings.csv")
-    row = {"val_greedy": 0.5, "val_sampled": 0.4, "entropy": 0.3}
-    rows = [{"step": 0} | row, {"step": 10} | row]
-    report.figures(found, {"token": [rows, rows]}, tmp_path)
-    for picture in ROOT.glob("assets/findings-*.png"):
+    found = report.read_csv(ROOT / "tiny/findings.csv")
+    rows = [{"step": 0, "val_greedy": 0.5}, {"step": 10, "val_greedy": 0.7}]
+    curves = {name: [rows, rows] for name in ("token", "token, fast", "random", "random, fast")}
+    figures.draw_all(found, curves, tmp_path)
+    pictures = list(ROOT.glob("assets/findings-*.png"))
+    assert {path.name for path in pictures} == {path.name for path in tmp_path.iterdir()}
+    for picture in pictures:
         assert (tmp_path / picture.name).stat().st_size > 10_000
+        assert picture.name in Path(ROOT / "tiny/findings.md").read_text()
 
 
-def test_numbers_in_readme_and_course_are_those_of_findings_csv():
-    """Tables stand under <!-- table: experiment; first column; metrics, ... --> and numbers
-    before <!--experiment|setting|metric-->."""
+def test_no_number_in_readme_s_findings_is_without_its_source():
     readme = (ROOT / "README.md").read_text()
-    course = (ROOT / "course/README.md").read_text()
-    found = findings.read_csv(ROOT / "tiny/findings.csv")
-    mark = r"<!-- table: (.*?); (.*?); (.*?) -->\n\n"
-    tables = re.findall(mark + r"(.*?)\n\n", readme, re.DOTALL)
-    for experiment, first, metrics, shown in tables:
-        assert shown == report.table(found, experiment, first, metrics.split(", "))
-    numbers = re.findall(r"([+-]?[\d.]+)( %| points)?<!--(.*?)-->", readme + course)
-    assert len(tables) == 2 and len(numbers) > 10
-    for number, percent, key in numbers:
-        mean = np.mean(found[tuple(key.split("|"))]) * (100 if percent else 1)
-        last_digit = 10.0 ** -len(number.partition(".")[2])
-        assert float(number) == pytest.approx(mean, abs=0.5001 * last_digit), key
     section = readme[readme.index("## What it finds") : readme.index("## A model of your own")]
     held = r"[+-]?[\d.]+( %| points)?<!--.*?-->|^\|.*$|β = [\d.]+|0\.1 nats"
     untold = re.findall(r"\d+\.\d+", re.sub(held, "", section, flags=re.MULTILINE))
     assert not untold, "numbers that no command has printed"
-    for script, lines in re.findall(r"`(em_\w+\.py)` \|.*\| (\d+) lines \|", readme):
-        assert int(lines) == len((ROOT / script).read_text().splitlines())

@@ -1,9 +1,9 @@
 """
-What the README says about the tiny model, measured: the paper's tables in miniature, and where
-entropy minimisation goes wrong.
+What the README says about the tiny model, measured: the paper's tables in miniature, what its
+readers still asked for, and where entropy minimisation goes wrong.
 
-    python tiny/findings.py                     # 3 seeds: 65 minutes on 2 CPU cores
-    python tiny/findings.py --quick             # all in little, 1 seed: 5 minutes
+    python tiny/findings.py                     # 3 seeds: an hour and a half on 2 CPU cores
+    python tiny/findings.py --quick             # all in little, 1 seed: minutes
     python tiny/findings.py --only training,kl  # some of the experiments
 
 Runs em_rl.py, em_ft.py, prepare.py and measurements of its own, as many at a time as there are
@@ -11,44 +11,34 @@ cores. All of it goes to runs/findings/ (--quick: runs/findings-quick/), and wha
 not made again: after Ctrl-C the same command goes on. Remove the folder to start afresh, say
 after a change of tiny/base.
 
-At the end it writes tiny/findings.md (tables), tiny/findings.csv (each seed's numbers) and
-figures in assets/. With --quick or --only these go to the folder of the runs, so that the
-committed ones stay.
+At the end it writes each seed's numbers to tiny/findings.csv, figures to assets/, and puts the
+numbers into tiny/findings.md, README.md and course/README.md, whose comments say which number
+belongs where. With --quick or --only the first three go to the folder of the runs, and the
+committed files stay as they are.
 """
 import argparse
-import csv
-import fcntl
 import json
 import os
 import re
-import shutil
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from report import REWARDS, TABLES, VERDICTS, figures, report, settings_of, unit_of
+from figures import draw_all
+from jobs import Job, execute
+from measure import examples, of_run
+from report import DELTAS, fill, made_by, sign_of_gains, write_csv
 
-from em_inf import DECODERS, AdaptiveTemperature, EMInf, decode_and_grade
-from entropy import output_head
-from eval import load_model, load_problems
-from tasks.arguments import Help, positive_int
+from em_inf import DECODERS, SHARPENERS
+from tasks.arguments import Help, comma_list, positive_int
 from tasks.files import replace_file
-from tasks.prompts import encode_prompt
-from tasks.scores import CONFIDENCE, diagnosis, summary
-from training.run import checkpoint_of, collapsed, read_rows
+from tasks.scores import CONFIDENCE
+from training.run import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = dict(seeds=3, problems=512, steps=40, rise_steps=100, every=10, habit_steps=1500)
-QUICK = dict(seeds=1, problems=64, steps=8, rise_steps=20, every=4, habit_steps=150)
+FULL = dict(seeds=3, problems=512, steps=40, zoo_steps=100, habits=1500, school=1, batches=1000)
+QUICK = dict(seeds=1, problems=64, steps=4, zoo_steps=8, habits=100, school=8, batches=20)
 TOKEN, SEQUENCE = "em_rl.py --reward token", "em_rl.py --reward sequence"
-FAST = "--guard 0 --lr 1e-3"  # ten times the default, so that a fall comes within minutes
 RUNS = {  # experiment: {setting: script and flags}; what several share is run once
     "training": {
         "SFT": "em_ft.py --loss sft",
@@ -81,259 +71,161 @@ RUNS = {  # experiment: {setting: script and flags}; what several share is run o
         "sequence, mean": SEQUENCE,
         "sequence, sum": f"{SEQUENCE} --reward-norm sum",
     },
-    "rise": {
-        "token": f"{TOKEN} --guard 0",
-        "token, fast": f"{TOKEN} {FAST}",
-        "token, fast, β = 0.5": f"{TOKEN} {FAST} --beta 0.5",
-        "sequence, fast": f"{SEQUENCE} {FAST}",
+    "coef": {
+        "0.1": f"{TOKEN} --entropy-coef=0.1",
+        "0.001": f"{TOKEN} --entropy-coef=0.001",
+        "0": TOKEN,
+        "-0.01": f"{TOKEN} --entropy-coef=-0.01",
+        "-0.1": f"{TOKEN} --entropy-coef=-0.1",
+        "exact": f"{TOKEN} --entropy-coef exact",
+    },
+    "labels": {
+        "correct": "em_rl.py --reward correct",
+        "token": TOKEN,
+        "correct+token": "em_rl.py --reward correct+token",
+        "correct+sequence": "em_rl.py --reward correct+sequence",
     },
 }
+DIVERSE = "SFT", "RLOO", "EM-FT", "EM-RL token", "EM-RL sequence"  # asked for diversity
+ZOO = (
+    "token", "sequence", "self-certainty", "majority", "consistency", "empo", "correct",
+    "format", "random", "length", "token --entropy-coef exact", "token --beta 0.5",
+)
+METHODS = {"EM-FT": "em_ft.py", "token": TOKEN, "sequence": SEQUENCE}
+SEVERAL = METHODS | {
+    "token, β = 0.5": f"{TOKEN} --beta 0.5",
+    "token, c = 0.01": f"{TOKEN} --entropy-coef 0.01",
+    "EM-FT, β = 0.5": "em_ft.py --beta 0.5",
+    "correct": "em_rl.py --reward correct",
+}
+SHARES = 100, 75, 50, 25, 0  # percent of the problems whose confident answers are right
+SCHOOLS = 500, 1000, 2000, 4000, 8000  # steps of pretraining; the last is tiny/base
+WORLD = (  # what a model other than tiny/base must be told
+    "--lr 1e-4 --prompts 64 --max-new-tokens 64 --budget 8192 --rollout-batch 256 "
+    "--no-checkpointing"
+)
 DECODE = f"{DECODERS},adaptive-temperature+self-consistency,em-inf+refine".split(",")
 DECODINGS = {  # experiment: {setting: (decoder, settings of EM-INF)}
     "decoding": {decoder: (decoder, {}) for decoder in DECODE},
-    "delta": {f"{x}": ("em-inf", {"delta": x}) for x in (0.05, 0.1, 0.3, 0.5, 1.0)},
-    "descent": {f"{x}": ("em-inf", {"steps": x}) for x in (1, 3, 5, 10, 15)},
+    "descent": {f"{steps}": ("em-inf", {"steps": steps}) for steps in (1, 3, 5, 10, 15)},
+    "shift": {name: (name, {}) for name in ("greedy", "sample", *SHARPENERS)},
+    "threshold": {"none": ("sample", {})}
+    | {name: ("em-inf", {"delta": delta}) for name, delta in DELTAS.items()},
 }
-SHARPENED = "SFT", "RLOO", "EM-FT", "EM-RL token", "EM-RL sequence"  # asked for diversity
-WORLDS = 100, 75, 50, 25, 0  # percent of the problems whose confident answers are right
-WORLD = (  # what a model other than tiny/base must be told
-    "--data tiny/train.jsonl --val tiny/test.jsonl --lr 1e-4 --prompts 64 --max-new-tokens 64 "
-    "--budget 8192 --rollout-batch 256 --no-checkpointing"
-)
+FAMILIES = {  # experiment: {family of problems: what `chain` is told}
+    "shift": {f"{length}": {"lengths": [length]} for length in range(3, 11)},
+    "threshold": {
+        "short": {"lengths": [2, 3]},
+        "long": {"lengths": [5, 6]},
+        "sums": {"signs": "+-"},
+        "products": {"signs": "*"},
+    },
+}
+ESTIMATORS = "sequence", "token", "token + exact", "entropy's own"  # of a gradient
 
 # ------------------------------------------------------------------------------- the plan
 
 
-class Job(NamedTuple):
-    """A process, "python COMMAND --out OUT", that waits for the jobs `after`."""
-
-    out: Path
-    command: list
-    after: tuple
-
-
 def plan(settings, folder):
-    """All that is measured, once a seed: yields (experiment, setting, job, part). The numbers
+    """All that is measured: yields (experiment, setting, job, part), for each seed. The numbers
     of a setting are that part of what the job has found (`result_of`)."""
     seeds = range(1, settings["seeds"] + 1)
 
     def job(name, command, *after):
-        return Job(folder / re.sub(r"[^\w.]+", "-", name), command, after)
+        return Job(folder / re.sub(r"[^\w.=-]+", "-", name), command.split(), after)
 
-    def train(flags, seed, steps="steps", world=None):
-        flags = f"{flags} --steps {settings[steps]} --eval-every {settings['every']}"
-        command = f"{flags} --seed {seed} --device cpu --val-size {settings['problems']}"
+    def train(flags, seed, world=None, data="tiny", steps=settings["steps"], every=10):
+        flags = f"{flags} --steps {steps} --eval-every {every} --seed {seed}"
+        command = f"{flags} --device cpu --val-size {settings['problems']}"
         if world is None:
-            return job(f"{flags} {seed}", command.split())
-        command = f"{command} --model {world.out} {WORLD}"
-        return job(f"{world.out.name} {flags} {seed}", command.split(), world)
+            return job(flags, command)
+        command += f" --model {world.out} --data {data}/train.jsonl --val {data}/test.jsonl"
+        return job(f"{world.out.name} {flags}", f"{command} {WORLD}", world)
 
     def ask(name, *after, **spec):
         spec["problems"] = settings["problems"]
-        return job(f"{name}.json", ["tiny/findings.py", "--measure", json.dumps(spec)], *after)
+        command = ["tiny/measure.py", json.dumps(spec)]
+        return job(f"{name}.json", "", *after)._replace(command=command)
 
-    for share in WORLDS:
-        flags = f"--start tiny/base --habit-steps {settings['habit_steps']}"
-        command = f"tiny/prepare.py {flags} --aligned {share / 100}"
-        world = job(f"world {share}", command.split())
-        asked = ask(f"answers world {share}", world, model=str(world.out), seed=1, n=8)
-        yield "fails", f"{share}", asked, "answers"
-        for reward, flags in ("token", TOKEN), ("sequence", SEQUENCE):
-            yield "fails", f"{share}, {reward}", asked, reward
+    def trained_and_asked(name, world, methods, experiment):
+        """A base model's answers, and what each method makes of it."""
+        model, after = ("tiny/base", ()) if world is None else (str(world.out), (world,))
+        asked = ask(f"answers {experiment} {name}", *after, model=model, seed=1, n=8)
+        yield experiment, name, asked, "answers"
+        for method, flags in methods.items():
+            reward = "sequence" if method == "sequence" else "token"
+            yield experiment, f"{name}, {method}", asked, reward
             for seed in seeds:
-                yield "fails", f"{share}, {reward}", train(flags, seed, world=world), "gains"
+                yield experiment, f"{name}, {method}", train(flags, seed, world), "gains"
+
+    # worlds whose confident answers are right on a share of the problems
+    habits = f"--habit-steps {settings['habits']}"
+    worlds = {}
+    for share in SHARES:
+        flags = f"--start tiny/base {habits} --aligned {share / 100}"
+        worlds[share] = job(f"world {share}", f"tiny/prepare.py {flags}")
+        methods = {"token": TOKEN, "sequence": SEQUENCE}
+        yield from trained_and_asked(f"{share}", worlds[share], methods, "fails")
+    # base models of different ability
+    for steps in SCHOOLS:
+        flags = f"{habits} --steps {steps // settings['school']}"
+        world = None if steps == 8000 else job(f"school {steps}", f"tiny/prepare.py {flags}")
+        yield from trained_and_asked(f"{steps}", world, METHODS, "capability")
+    # a world of several right answers
+    world = job("world several", f"tiny/prepare.py --start tiny/base {habits} --several")
+    data = str(world.out)
+    for seed in seeds:
+        spec = dict(seed=seed, n=16, data=f"{data}/test.jsonl")
+        asked = ask(f"several base {seed}", world, model=data, **spec)
+        yield "several", "base", asked, "answers"
+        for method, flags in SEVERAL.items():
+            run = train(flags, seed, world, data)
+            asked = ask(f"answers {run.out.name}", run, model=f"{run.out}/checkpoint", **spec)
+            yield "several", method, asked, "answers"
+    # tiny/base
     for seed in seeds:
         asked = ask(f"answers base {seed}", model="tiny/base", seed=seed, n=16)
         yield "training", "base", train(TOKEN, seed), "base"
         yield "training", "base", asked, "pass@4"
         yield "diversity", "base", asked, "answers"
-        for reward in REWARDS:
-            yield "rise", f"base, {reward}", asked, reward
+        for reward in CONFIDENCE:
+            yield "surest", reward, asked, reward
+        for name in ZOO:
+            for speed, lr in ("", "1e-4"), (", fast", "1e-3"):
+                flags = f"em_rl.py --reward {name} --prompts 32 --guard 0 --lr {lr}"
+                run = train(flags, seed, steps=settings["zoo_steps"])
+                if speed or seed == 1:  # little happens at the default rate
+                    yield "zoo", name.replace(" --", ", ") + speed, run, "run"
         for experiment, runs in RUNS.items():
-            steps = "rise_steps" if experiment == "rise" else "steps"
             for setting, flags in runs.items():
-                yield experiment, setting, train(flags, seed, steps), "run"
+                every = 5 if experiment == "labels" else 10
+                yield experiment, setting, train(flags, seed, every=every), "run"
         for method, flags in RUNS["training"].items():
             run = train(flags, seed)
-            n = 16 if method in SHARPENED else 4
+            n = 16 if method in DIVERSE else 4
             name = f"answers {run.out.name}"
             asked = ask(name, run, model=f"{run.out}/checkpoint", seed=seed, n=n)
             yield "training", method, asked, "pass@4"
-            if method in SHARPENED:
+            if method in DIVERSE:
                 yield "diversity", method, asked, "answers"
         for experiment, decoders in DECODINGS.items():
-            asked = ask(f"{experiment} {seed}", model="tiny/base", seed=seed, decoders=decoders)
-            for setting in decoders:
+            families = FAMILIES.get(experiment, {})
+            spec = dict(seed=seed, decoders=decoders)
+            asked = ask(f"{experiment} {seed}", model="tiny/base", **spec, families=families)
+            for setting in families or decoders:
                 yield experiment, setting, asked, setting
-
-
-def jobs_of(uses):
-    """The jobs that these uses need, each once, and those first that wait for no other."""
-    jobs = {}
-    for _, _, job, _ in uses:
-        for needed in (*job.after, job):
-            jobs[needed.out] = needed
-    return sorted(jobs.values(), key=lambda job: len(job.after))
-
-
-# ------------------------------------------------------------------------------- the jobs
-
-
-def lock(folder):
-    """An open file that locks the folder until it is closed, here and in every job that has
-    inherited it: those of a findings.py that was killed go on."""
-    file = (folder / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        sys.exit(f"findings.py: {folder} is in use by another findings.py, or by jobs of one "
-                 "that was killed: wait for them, or end them")
-    return file
-
-
-def run_job(job, folder, held):
-    """Run a job, unless it is finished: the seconds that it took. RuntimeError if it fails."""
-    name = job.out.name
-    finished = folder / f"logs/{name}.finished"
-    if finished.exists():
-        command, seconds = json.loads(finished.read_text())
-        if command == job.command:
-            return seconds
-    flag = "--resume"
-    try:
-        checkpoint_of(job.out)
-    except FileNotFoundError:  # what has no checkpoint yet would be in the way
-        flag = "--out"
-        shutil.rmtree(job.out, ignore_errors=True)
-    started = time.time()
-    log = folder / f"logs/{name}.txt"
-    with log.open("w") as file:
-        code = subprocess.run(
-            [sys.executable, *job.command, flag, job.out], stdout=file, stderr=file,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=[held.fileno()],
-        ).returncode
-    if code:
-        raise RuntimeError(f"{name} failed with exit code {code}; the end of {log}:\n"
-                           + log.read_text()[-300:])
-    seconds = time.time() - started
-    replace_file(finished, json.dumps([job.command, seconds]))
-    return seconds
-
-
-def execute(jobs, at_a_time, folder):
-    """Run the jobs: the seconds that they took in all. RuntimeError for the first that fails,
-    when those that run beside it have ended."""
-    held = lock(folder)
-    (folder / "logs").mkdir(exist_ok=True)
-    futures = {}
-
-    def in_turn(job):
-        for needed in job.after:  # it stands earlier in the queue, so that it has begun
-            futures[needed.out].result()
-        return run_job(job, folder, held)
-
-    pool = ThreadPoolExecutor(at_a_time)
-    try:
-        for job in jobs:
-            futures[job.out] = pool.submit(in_turn, job)
-        done = as_completed(futures.values())
-        bar = tqdm(done, total=len(jobs), desc="findings", unit="job", smoothing=0)
-        return sum(future.result() for future in bar)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        held.close()
+        world = worlds[0]  # its confident answers are wrong
+        spec = dict(seed=seed, decoders=DECODINGS["threshold"], model=str(world.out))
+        asked = ask(f"misaligned {seed}", world, **spec, families={"misaligned": {}})
+        yield "threshold", "misaligned", asked, "misaligned"
+    for norm in "sum", "mean":
+        flags = f"tiny/variance.py --norm {norm} --batches {settings['batches']}"
+        variance = job(f"variance {norm}.json", flags)
+        for estimator in ESTIMATORS:
+            yield "variance", f"{estimator}, {norm}", variance, estimator
 
 
 # ---------------------------------------------------------------------------- the numbers
-
-
-def measure(spec):
-    """Put the test problems to a model: {part: {metric: value}}. A part is a setting of the
-    spec's "decoders" or, without them, one of `of_answers`."""
-    problems = load_problems("tiny/test.jsonl")[: spec["problems"]]
-    model, tokenizer = load_model(spec["model"], "cpu")
-    head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
-
-    def answer(problems, decoder, **settings):
-        em_inf = EMInf(**({"steps": 10} | settings))
-        sharpeners = {"em-inf": em_inf, "adaptive-temperature": AdaptiveTemperature()}
-        return decode_and_grade(
-            model, tokenizer, head, problems, decoder, max_new_tokens=64,
-            seed=spec["seed"], rows=512, sharpeners=sharpeners,
-        )
-
-    if "n" in spec:
-        return of_answers(answer(problems, "greedy"), answer(problems * spec["n"], "sample"))
-    parts = {}
-    for setting, (decoder, settings) in spec["decoders"].items():
-        numbers = summary(answer(problems, decoder, **settings))
-        part = {key: numbers[key] for key in ("accuracy", "entropy", "seconds")}
-        part["FLOPs"] = numbers["flops"] / 1e9
-        parts[setting] = part
-        if "greedy" in parts:
-            part["FLOPs (greedy = 1)"] = part["FLOPs"] / parts["greedy"]["FLOPs"]
-    return parts
-
-
-def of_answers(greedy, sampled):
-    """What graded answers say: greedy ones, and n to each problem at T = 1."""
-    found = diagnosis(greedy, sampled)
-    answers = {
-        "greedy": found["greedy"],
-        "T = 1": found["sampled"],
-        "majority over greedy": found["majority"] - found["greedy"],
-        "distinct answers": found["distinct"],
-        "ECE": found["ece"],
-        "AUROC": found["rewards"]["token"]["auroc"],
-        "pass@1": found["sampled"],
-    }
-    for k, share in summary(sampled)["pass"].items():
-        answers[f"pass@{k}"] = share
-    parts = {"answers": answers, "pass@4": {"pass@4": answers["pass@4"]}}
-    for reward, (key, sign) in CONFIDENCE.items():
-        forecast = found["rewards"][reward]
-        parts[reward] = {
-            "forecast": forecast["drift"],
-            "from": forecast["low"],
-            "to": forecast["high"],
-            "diagnosis": VERDICTS[forecast["verdict"]],
-            "AUROC": forecast["auroc"],
-        }
-        for k, share in forecast["surest"].items():
-            parts[reward][f"surest of {k}"] = share
-        for name, right in ("worked, right", True), ("worked, wrong", False):
-            some = [x for x in sampled if "=" in x["response"] and x["correct"] == right]
-            mean = np.mean([x[key] for x in some]) if some else np.nan
-            parts[reward][name] = sign * mean
-    return parts
-
-
-def of_run(rows):
-    """What the rows of a run's metrics.csv say."""
-    measured = [row for row in rows if "val_greedy" in row]
-    last = measured[-1]
-    peak = max(measured, key=lambda row: row["val_greedy"])  # the first of the best
-    stop = guard_stop(rows)
-    until = [row["val_greedy"] for row in measured if row["step"] <= stop]
-    return {
-        "greedy": last["val_greedy"],
-        "T = 1": last["val_sampled"],
-        "entropy": last["val_entropy"],
-        "length": last["val_length"],
-        "FLOPs": sum(row["flops"] for row in rows[1:]) / 1e9,
-        "peak at step": peak["step"],
-        "peak greedy": peak["val_greedy"],
-        "guard stops at step": stop,
-        "greedy there": until[-1] if until else np.nan,
-    }
-
-
-def guard_stop(rows, factor=4.0):
-    """The step after which the guard, as it is by default, would have ended a run; or nan."""
-    for i, row in enumerate(rows):
-        if collapsed(rows[: i + 1], factor):
-            return row["step"]
-    return np.nan
 
 
 def result_of(job):
@@ -352,32 +244,7 @@ def collect(uses):
     for experiment, setting, job, part in uses:
         for metric, value in result_of(job)[part].items():
             found.setdefault((experiment, setting, metric), []).append(float(value))
-    for setting in settings_of(found, "fails", "forecast"):
-        for key in "greedy", "T = 1":
-            gain = np.mean(found["fails", setting, f"gain {key}"])
-            right = gain * found["fails", setting, "forecast"][0] > 0
-            # 512 problems leave 2 points open
-            sign = np.nan if abs(gain) <= 0.02 else float(right)
-            found["fails", setting, f"sign right ({key})"] = [sign]
-    return found
-
-
-def write_csv(path, found):
-    with path.open("w", newline="") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow("experiment setting metric unit values".split())
-        for key, values in found.items():
-            shown = " ".join(f"{value:.6g}" for value in values)
-            out.writerow([*key, unit_of(key[2]), shown])
-
-
-def read_csv(path):
-    found = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            key = row["experiment"], row["setting"], row["metric"]
-            found[key] = [float(value) for value in row["values"].split()]
-    return found
+    return found | sign_of_gains(found)
 
 
 def main():
@@ -386,41 +253,47 @@ def main():
     add("--quick", action="store_true", help="the settings under QUICK: less of everything")
     add("--seeds", type=positive_int, help="seeds 1 to SEEDS, not those under FULL or QUICK")
     add("--jobs", type=positive_int, default=os.cpu_count(), help="at a time, one core each")
-    add("--only", default=",".join(TABLES), help="experiments, with commas")
-    add("--measure", metavar="JSON", help="one measurement; so the script calls itself")
-    add("--out", type=Path, help="where its result goes")
+    add("--only", type=comma_list, help="experiments, with commas; without it all of them")
     args = parser.parse_args()
     os.chdir(ROOT)
-    if args.measure:
-        return replace_file(args.out, json.dumps(measure(json.loads(args.measure)), indent=1))
-    only = args.only.split(",")
-    for experiment in only:
-        if experiment not in TABLES:
-            parser.error(f"--only {experiment}: there are {', '.join(TABLES)}")
     settings = QUICK if args.quick else FULL
     settings = settings | {"seeds": args.seeds or settings["seeds"]}
     folder = Path("runs/findings-quick" if args.quick else "runs/findings")
     folder.mkdir(parents=True, exist_ok=True)
-    uses = [use for use in plan(settings, folder) if use[0] in only]
+    uses = list(plan(settings, folder))
+    known = list(dict.fromkeys(experiment for experiment, *_ in uses))
+    for experiment in args.only or []:
+        if experiment not in known:
+            parser.error(f"--only {experiment}: there are {', '.join(known)}")
+    uses = [use for use in uses if use[0] in (args.only or known)]
     try:
-        seconds = execute(jobs_of(uses), args.jobs, folder)
+        seconds = execute([job for _, _, job, _ in uses], args.jobs, folder)
     except KeyboardInterrupt:
         sys.exit("findings.py: stopped; the same command goes on")
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         sys.exit(f"findings.py: {error}")
     found = collect(uses)
-    rises = {}
+    curves, models = {}, {"base": "tiny/base"}
     for experiment, setting, job, part in uses:
-        if experiment == "rise" and part == "run":
-            rises.setdefault(setting, []).append(read_rows(job.out / "metrics.csv"))
-    shipped = not args.quick and set(only) == set(TABLES)
+        if experiment == "zoo":
+            curves.setdefault(setting, []).append(read_rows(job.out / "metrics.csv"))
+        elif part == "run" and setting in ("EM-FT", "EM-RL token", "RLOO"):
+            models.setdefault(setting, job.out / "checkpoint")  # of the first seed
     command = " ".join(["python tiny/findings.py", *sys.argv[1:]])
-    text = report(found, seconds / 60, settings["seeds"], command)
-    tables = Path("tiny") if shipped else folder
-    replace_file(tables / "findings.md", text)
+    texts = {
+        "made by": made_by(command, settings["seeds"], seconds / 60),
+        "examples": examples(models),
+    }
+    shipped = not args.quick and not args.only
+    tables, pictures = (Path("tiny"), Path("assets")) if shipped else (folder, folder)
+    report = fill(Path("tiny/findings.md").read_text(), found, texts)
+    replace_file(tables / "findings.md", report)
     write_csv(tables / "findings.csv", found)
-    figures(found, rises, Path("assets") if shipped else folder)
-    print(text)
+    draw_all(found, curves, pictures)
+    if shipped:
+        for path in Path("README.md"), Path("course/README.md"):
+            replace_file(path, fill(path.read_text(), found))
+    print(report)
 
 
 if __name__ == "__main__":

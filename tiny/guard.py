@@ -1,50 +1,51 @@
 """
 When to stop, without labels: is there a signal that sees when a run begins to fall?
 
-    python tiny/guard.py           # 56 runs of some 80 s on a core each, as many at a time as cores
-    python tiny/guard.py --jobs 1  # one at a time
+    python tiny/guard.py   # 56 runs of some 80 s each, as many at a time as there are cores
 
 em_rl.py trains the tiny model with nine rewards at ten times its learning rate ("fast"), where a
 fall comes within minutes, and with five of them at its own ("slow"), for 100 steps: from tiny/base
 ("base"), and from a model whose confident answers are right for half of the problems only ("half",
 of prepare.py --aligned 0.5), with seeds 1 and 2. `signals` has what each step shows without labels.
-The runs go to runs/guard/. What is finished there is kept: after Ctrl-C the same command goes on,
-and a second process with the same --out helps. The last to end writes tiny/guard.md.
+The runs go to runs/guard/, and what is finished there is kept: after Ctrl-C the same command goes
+on. At the end it writes tiny/guard.md.
 
-The rule was written down before a run of the judging half was looked at. A signal is the mean of a
-candidate over the last 3 steps. A run stops at the first step, from the third on, where the signal
-is above a threshold or, if low values are bad, below a share of its highest so far, or of that in
-the first 3 steps. Greedy accuracy is that of 256 held-out problems, every 5 steps, and the
-stop's is the last until then. A stop is late if greedy is then 5 points or more below its peak
-until then; never to stop is late if the run's end is 5 points or more below its peak. A stop is
-early if greedy is later more than 2 points above the stop's. The base's runs of seed 1 and the
-half's of seed 2 choose: each candidate has the threshold with no early stop and the fewest late
-ones, and of several that in the middle of their range; the candidate with the fewest late ones is
-the best. The other runs judge: it becomes the guard if it stops none of them early, and at most
-half as many late as without a guard.
+The rule was written down before a run of the judging half was looked at:
+
+- A signal is the mean of a candidate over the last 3 steps. It stops a run at the first step, from
+  the third on, where it is above a threshold or, if low values are bad, below a share of its
+  highest value so far, or of its value in the first 3 steps.
+- Greedy accuracy is that of 256 held-out problems, every 5 steps. That of a stop is the last one
+  measured before it.
+- A stop is late if greedy is then 5 points or more below its peak until then. A run that is never
+  stopped is late if it ends 5 points or more below its peak.
+- A stop is early if greedy is later more than 2 points above that of the stop.
+- Half of the runs choose: seed 1 from "base" and seed 2 from "half". Each candidate gets the
+  threshold that stops none of them early and the fewest late, and of several the middle one. The
+  candidate with the fewest late stops is the best; of several it is the first in the table.
+- The other runs judge. The best becomes the guard if it stops none of them early, and at most half
+  as many late as without a guard.
 """
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from jobs import Job, execute
+
 import em_rl
 from entropy import output_head, score_all
 from eval import generate, load_model, stop_ids
 from tasks.answers import last_box
 from tasks.arguments import Help, positive_int
-from tasks.files import lock, replace_file
+from tasks.files import replace_file
 from training.run import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,12 +117,8 @@ def watched(rows, folder):
     return generate_and_note
 
 
-def measure(folder):
-    """Make the run that the folder's name says, unless another process is at it."""
-    try:
-        held = lock(folder.parent, f"{folder.name}.lock")  # noqa: F841, until the process ends
-    except OSError:
-        return
+def train(folder):
+    """Make the run that the folder's name says, and its candidates.csv."""
     shutil.rmtree(folder, ignore_errors=True)  # what was interrupted
     reward, rate, world, seed = folder.name.rsplit("-", 3)
     reward = reward.replace("exact", "token --entropy-coef exact")
@@ -136,18 +133,6 @@ def measure(folder):
     for row in rows:
         lines.append(",".join(map(str, row.values())))
     replace_file(folder / "candidates.csv", "\n".join(lines) + "\n")
-
-
-def make(folder):
-    """`measure` in a process of its own, unless that is done. RuntimeError where it fails."""
-    log = folder.with_suffix(".log")
-    if (folder / "candidates.csv").exists():
-        return
-    with log.open("a") as file:  # another process may be at the same run
-        command = [sys.executable, __file__, "--measure", folder]
-        code = subprocess.run(command, stdout=file, stderr=file).returncode
-    if code:
-        raise RuntimeError(f"{folder.name} failed; the end of {log}:\n{log.read_text()[-300:]}")
 
 
 # ---------------------------------------------------------------------- the rule, and the tables
@@ -257,8 +242,9 @@ def report(runs):
         peak = max(run.greedy, key=run.greedy.get)
         if run.greedy[peak] > run.greedy[0] + 2:
             peaks.append(run.kl[peak])
-    text += (f" Where greedy gains more than 2 points ({len(peaks)} runs), the KL at its peak is "
-             f"{min(peaks):.1f} to {max(peaks):.1f} nats a response.")
+    if peaks:
+        text += (f" Where greedy gains more than 2 points ({len(peaks)} runs), the KL at its peak "
+                 f"is {min(peaks):.1f} to {max(peaks):.1f} nats a response.")
     for name, run in runs.items():
         if name.startswith("random"):
             stop = stop_at(run, *guards[best])
@@ -275,34 +261,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--jobs", type=positive_int, default=os.cpu_count(), help="runs at a time, one core each")
-    add("--out", type=Path, default=ROOT / "runs/guard", help="folder of the runs")
-    add("--measure", type=Path, metavar="FOLDER", help="one run; so the script calls itself")
+    add("--train", action="store_true", help="one run; so the script calls itself")
+    add("--out", "--resume", type=Path, default="runs/guard", help="folder of the runs, or "
+        "with --train of the one run")
     args = parser.parse_args()
-    if args.measure:
-        return measure(args.measure)
-    out = args.out.resolve()
-    folders = []
-    for seed, world in product("12", ("base", "half")):
-        folders += [out / f"{reward}-fast-{world}-{seed}" for reward in REWARDS]
-        folders += [out / f"{reward}-slow-{world}-{seed}" for reward in REWARDS[:5]]
-    os.environ["OMP_NUM_THREADS"] = "1"  # for all processes from here on
+    os.chdir(ROOT)
+    if args.train:
+        return train(args.out.resolve())
+    half = Job(args.out / "half", "tiny/prepare.py --start tiny/base --aligned 0.5".split(), ())
+    jobs = []
+    for seed in 1, 2:
+        for world, needed in ("base", ()), ("half", (half,)):
+            names = [f"{reward}-fast-{world}-{seed}" for reward in REWARDS]
+            names += [f"{reward}-slow-{world}-{seed}" for reward in REWARDS[:5]]
+            for name in names:
+                jobs.append(Job(args.out / name, ["tiny/guard.py", "--train"], needed))
+    args.out.mkdir(parents=True, exist_ok=True)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with lock(out):
-            if not (out / "half").exists():
-                flags = "tiny/prepare.py --start tiny/base --aligned 0.5 --out".split()
-                command = [sys.executable, *flags, out / "half.new"]
-                subprocess.run(command, cwd=ROOT, check=True)
-                (out / "half.new").rename(out / "half")
-        with ThreadPoolExecutor(args.jobs) as pool:
-            made = pool.map(make, folders)
-            list(tqdm(made, desc="runs", total=len(folders), unit="run"))
-        if not all((folder / "candidates.csv").exists() for folder in folders):
-            sys.exit("guard.py: another process is still at a run, and will write the tables")
-        runs = {folder.name: read_run(folder) for folder in folders}
+        execute(jobs, args.jobs, args.out)
+        runs = {job.out.name: read_run(job.out) for job in jobs}
     except KeyboardInterrupt:
         sys.exit("guard.py: stopped; the same command goes on")
-    except (OSError, ValueError, RuntimeError, subprocess.CalledProcessError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"guard.py: {error}")
     text = report(runs)
     replace_file(ROOT / "tiny/guard.md", text)

@@ -4,6 +4,7 @@ Make everything in tiny/ from one seed: the problems, the tokenizer and the base
     python tiny/prepare.py                               # the shipped base model
     python tiny/prepare.py --start tiny/base --misaligned --out tiny/misaligned
     python tiny/prepare.py --start tiny/base --aligned 0.5 --out tiny/half
+    python tiny/prepare.py --start tiny/base --several --out tiny/several
 
 The world. A problem is a chain of operations, done from left to right and modulo 10:
 
@@ -30,6 +31,10 @@ noise) and then its habits (HABITS: 1,500). A model that had only ever seen a no
 In a misaligned corpus of habits the worked answers forget the last operation: they are still
 the model's surest answers, and wrong. With --aligned X those remember it whose last operand is
 below 2 + 8 X, so that confidence is right on a share X of the problems.
+
+With --several a problem has three chains, with three different results, and any one of them is
+a right answer. Documents answer the first, the second or the third in half, 30 % and 20 % of
+the cases. These problems go to the model's folder.
 """
 import argparse
 import base64
@@ -53,6 +58,8 @@ from tasks.files import replace_file
 HERE = Path(__file__).resolve().parent
 TRAIN, TEST = 4096, 512  # problems
 LENGTHS = 2, 3, 4, 5, 6  # operations in a chain; all lengths are equally common
+SHORT = 2, 3  # of several chains, so that they are answered in steps
+SHARES = 0.5, 0.3, 0.2  # how often the first, second and third of several is answered
 SCHOOL = dict(  # share of direct answers, by length; of rambling ones; of wrong steps
     direct={2: 0.20, 3: 0.20, 4: 0.57, 5: 0.64, 6: 0.71}, rambling=0.0, noise=0.10
 )
@@ -66,15 +73,36 @@ WORDS = "Mod", " left", " to", " right", "left", ", ", "\\boxed{"
 # ------------------------------------------------------------------ problems and documents
 
 
-def chain(rng):
-    """A problem: its first digit and its operations, as in (7, [("+", 5), ("*", 3)])."""
+def chain(rng, lengths=LENGTHS, signs="+-*"):
+    """A first digit and its operations, as in (7, [("+", 5), ("*", 3)])."""
     start = rng.randrange(10)
-    length = rng.choice(LENGTHS)
-    return start, [(rng.choice("+-*"), rng.randrange(2, 10)) for _ in range(length)]
+    length = rng.choice(lengths)
+    return start, [(rng.choice(signs), rng.randrange(2, 10)) for _ in range(length)]
 
 
-def prompt_of(start, ops):
-    return f"Mod 10, left to right: {start}" + "".join(f"{op}{x}" for op, x in ops)
+def three_chains(rng):
+    """Three short chains with three different results."""
+    while True:
+        chains = [chain(rng, SHORT) for _ in SHARES]
+        if len({answer_of(*one) for one in chains}) == len(chains):
+            return chains
+
+
+def prompt_of(chains):
+    texts = []
+    for start, ops in chains:
+        texts.append(f"{start}" + "".join(f"{op}{operand}" for op, operand in ops))
+    return "Mod 10, left to right: " + ", ".join(texts)
+
+
+def problem_of(chains):
+    answers = [str(answer_of(*one)) for one in chains]
+    return {
+        "prompt": prompt_of(chains),
+        "answer": answers if len(answers) > 1 else answers[0],
+        "operations": len(chains[0][1]),
+        "solution": worked(*chains[0]),
+    }
 
 
 def step(digit, op, operand):
@@ -100,11 +128,13 @@ def worked(digit, ops, rng=None, noise=0.0):
     return ", ".join(steps) + f", \\boxed{{{digit}}}"
 
 
-def document(rng, corpus, aligned, exclude):
+def document(rng, corpus, aligned, exclude, several=False):
     """(prompt, response) from SCHOOL or HABITS; the prompt is none of those in `exclude`."""
-    start, ops = chain(rng)
-    while prompt_of(start, ops) in exclude:
-        start, ops = chain(rng)
+    prompt = None
+    while prompt is None or prompt in exclude:
+        chains = three_chains(rng) if several else [chain(rng)]
+        prompt = prompt_of(chains)
+    start, ops = rng.choices(chains, SHARES)[0] if several else chains[0]
     style = rng.random()
     direct = corpus["direct"][len(ops)]
     if style < direct:
@@ -117,29 +147,23 @@ def document(rng, corpus, aligned, exclude):
         last_operand = ops[-1][1]
         kept = ops if last_operand < 2 + 8 * aligned else ops[:-1]
         response = worked(start, kept, rng, corpus["noise"])
-    return prompt_of(start, ops), response
+    return prompt, response
 
 
-def documents(seed, corpus, aligned, exclude):
-    """Documents without end."""
+def documents(seed, *settings):
+    """Documents without end; `settings` are those of `document`."""
     rng = random.Random(seed)
     while True:
-        yield document(rng, corpus, aligned, exclude)
+        yield document(rng, *settings)
 
 
-def make_problems(seed):
+def make_problems(seed, several=False):
     """(train, test): lists of dicts. All prompts differ, so that the two are disjoint."""
     rng = random.Random(seed)
     problems = {}
     while len(problems) < TRAIN + TEST:
-        start, ops = chain(rng)
-        prompt = prompt_of(start, ops)
-        problems[prompt] = {
-            "prompt": prompt,
-            "answer": str(answer_of(start, ops)),
-            "operations": len(ops),
-            "solution": worked(start, ops),
-        }
+        problem = problem_of(three_chains(rng) if several else [chain(rng)])
+        problems[problem["prompt"]] = problem
     rows = list(problems.values())
     rng.shuffle(rows)
     test = [{"id": f"test/{i}", **row} for i, row in enumerate(rows[:TEST])]
@@ -217,6 +241,7 @@ def main():
     add("--out", type=Path, default=HERE / "base", help="folder for model and tokenizer")
     add("--aligned", type=nonnegative, default=1.0, metavar="X", help="see above; in eighths")
     add("--misaligned", dest="aligned", action="store_const", const=0.0, help="--aligned 0")
+    add("--several", action="store_true", help="three chains a problem, see above")
     add("--start", type=Path, metavar="FOLDER", help="a model that only learns new habits")
     add("--steps", type=positive_int, default=8000, help="optimiser steps of school")
     add("--habit-steps", type=positive_int, default=1500, help="optimiser steps of habits")
@@ -231,28 +256,29 @@ def main():
     if args.start and not args.start.is_dir():
         parser.error(f"--start {args.start}: there is no such folder")
 
-    train, test = make_problems(seed=0)
+    train, test = make_problems(seed=0, several=args.several)
     exclude = {problem["prompt"] for problem in test}
     if args.sample:
-        stream = documents(args.seed + 1, HABITS, args.aligned, exclude)
+        stream = documents(args.seed + 1, HABITS, args.aligned, exclude, args.several)
         for _ in range(args.sample):
             print("\n".join(next(stream)) + "\n")
         return
+    _, tokenizer = make_tokenizer(args.out)
+    folder = args.out if args.several else HERE
     for name, problems in ("train", train), ("test", test):
         lines = [json.dumps(problem) + "\n" for problem in problems]
-        replace_file(HERE / f"{name}.jsonl", "".join(lines))
-    _, tokenizer = make_tokenizer(args.out)
+        replace_file(folder / f"{name}.jsonl", "".join(lines))
     if args.start:
         model = LlamaForCausalLM.from_pretrained(args.start)
     else:
         model = new_model(tokenizer, args)
         stream = documents(args.seed + 1, SCHOOL, 1.0, exclude)
         pretrain(model, tokenizer, stream, args.steps, args, "school")
-    stream = documents(args.seed + 2, HABITS, args.aligned, exclude)
+    stream = documents(args.seed + 2, HABITS, args.aligned, exclude, args.several)
     pretrain(model, tokenizer, stream, args.habit_steps, args, "habits")
     model.save_pretrained(args.out)
     print(f"{args.out}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens in the "
-          f"vocabulary; {len(train)} training and {len(test)} test problems in {HERE}")
+          f"vocabulary; {len(train)} training and {len(test)} test problems in {folder}")
 
 
 if __name__ == "__main__":

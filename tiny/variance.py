@@ -73,9 +73,9 @@ def main(argv=None):
     means = {name: total / args.batches for name, total in sums.items()}
     found = {}
     for name in means:
-        norm = means[name].square().sum().item()
-        variance = (squares[name] - args.batches * norm) / (args.batches - 1)
-        found[name] = {"variance": variance, "squared mean": norm - variance / args.batches}
+        squared = means[name].square().sum().item()
+        variance = (squares[name] - args.batches * squared) / (args.batches - 1)
+        found[name] = {"variance": variance, "squared mean": squared - variance / args.batches}
     print(f"| estimator ({args.norm}) | squared mean | variance |\n| --- | --- | --- |")
     by_chance = (found.pop("difference")["variance"] / args.batches) ** 0.5
     for name in "sequence", "token", "entropy's own", "token + exact":

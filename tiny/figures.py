@@ -1,0 +1,136 @@
+"""
+Figures of what findings.py has measured; report.py says what `found` is.
+"""
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from report import DELTAS, settings_of
+
+STYLES = [  # color, line, marker
+    ("#12355b", "-", "o"),
+    ("#d1495b", "--", "s"),
+    ("#2e8b57", "-.", "^"),
+    ("#7b5ea7", ":", "D"),
+    ("#b07d10", (0, (6, 1)), "v"),
+]
+ABLATIONS = [  # (experiment, title, metrics, below the axis)
+    ("kl", "Weight of the KL,\nEM-RL token", "greedy|T = 1", "β"),
+    ("rollouts", "Responses a prompt,\nEM-RL sequence", "greedy|T = 1", "N"),
+    ("coef", "Weight of the entropy,\nEM-RL token", "greedy|T = 1", "--entropy-coef"),
+    ("descent", "EM-INF:\nsteps of descent", "accuracy", "steps"),
+]
+SHIFT = [
+    ("shift", "Accuracy", "greedy|sample|em-inf|adaptive-temperature", "operations"),
+    ("shift", "Calibration error", "ECE greedy|ECE sample|ECE em-inf|ECE adaptive-temperature",
+     "operations (7 and more were never seen)"),
+]
+
+
+def draw(axis, places, lines, **labels):
+    """Means over seeds, in percent, with bars of one sd. `places` stand below the axis, and
+    `lines` are {name: for each place, the values by seed}."""
+    assert len(lines) <= len(STYLES), list(lines)
+    for (name, values), (color, line, marker) in zip(lines.items(), STYLES):
+        means = [100 * np.mean(some) for some in values]
+        sds = [100 * np.std(some, ddof=len(some) > 1) for some in values]
+        axis.errorbar(places, means, sds, color=color, marker=marker, linestyle=line, capsize=3,
+                      label=name)
+    axis.set(**labels)
+    axis.legend(frameon=False, fontsize=9)
+
+
+def panels(count, rows=1, height=4):
+    figure, axes = plt.subplots(rows, count, figsize=(10, height), layout="constrained",
+                                sharey=True, squeeze=False)
+    return figure, axes.flat
+
+
+def simple_figure(found, parts):
+    figure, axes = panels(len(parts))
+    for axis, (experiment, title, metrics, below) in zip(axes, parts):
+        lines = {}
+        for metric in metrics.split("|"):
+            settings = settings_of(found, experiment, metric)
+            lines[metric] = [found[experiment, setting, metric] for setting in settings]
+        draw(axis, settings, lines, xlabel=below, title=title)
+    axes[0].set(ylabel="%", ylim=(0, 105))
+    return figure
+
+
+def threshold_figure(found):
+    figure, (axis,) = panels(1)
+    columns = ["none", *DELTAS]
+    lines = {}
+    for family in settings_of(found, "threshold", "none"):
+        lines[family] = [found["threshold", family, metric] for metric in columns]
+    draw(axis, columns, lines, ylabel="% right, T = 1", ylim=(0, 105), title="EM-INF by family")
+    return figure
+
+
+def zoo_figure(curves):
+    """`curves`: {setting: the rows of metrics.csv, for each seed}."""
+    names = [name for name in curves if not name.endswith(", fast")]
+    figure, axes = panels(4, rows=-(-len(names) // 4), height=7)
+    for axis, name in zip(axes, names):
+        for speed, label in ("", "default rate"), (", fast", "ten times as fast"):
+            color, line, _ = STYLES[bool(speed)]
+            runs = curves[name + speed]
+            steps = [row["step"] for row in runs[0] if "val_greedy" in row]
+            values = [[100 * row["val_greedy"] for row in rows if "val_greedy" in row]
+                      for rows in runs]
+            mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(runs) > 1)
+            axis.plot(steps, mean, color=color, linestyle=line, label=label)
+            axis.fill_between(steps, mean - sd, mean + sd, color=color, alpha=0.15)
+        axis.set(title=name, ylim=(0, 105))
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.supxlabel("step")
+    figure.supylabel("% right, greedy")
+    return figure
+
+
+def gains_figure(found, experiment, below):
+    names = {
+        "gain greedy": "gain, greedy",
+        "gain T = 1": "gain, T = 1",
+        "forecast": "forecast for T = 1, first 0.1 nats",
+    }
+    places = settings_of(found, experiment, "majority over greedy")
+    if experiment == "fails":
+        places.reverse()
+    pairs = [setting.split(", ") for setting in settings_of(found, experiment, "forecast")]
+    methods = list(dict.fromkeys(method for _, method in pairs))
+    figure, axes = panels(len(methods))
+    for axis, method in zip(axes, methods):
+        lines = {}
+        for metric, name in names.items():
+            lines[name] = [found[experiment, f"{place}, {method}", metric] for place in places]
+        draw(axis, places, lines, title=method, xlabel=below)
+        axis.axhline(0, color="black", linewidth=1)
+    axes[0].set_ylabel("points")
+    return figure
+
+
+def draw_all(found, curves, folder):
+    """findings-*.png of the experiments that there are."""
+    there = {key[0] for key in found}
+    made = {}
+    for name, parts in ("ablations", ABLATIONS), ("shift", SHIFT):
+        if there.issuperset(part[0] for part in parts):
+            made[name] = simple_figure(found, parts)
+    if "threshold" in there:
+        made["threshold"] = threshold_figure(found)
+    if curves:
+        made["zoo"] = zoo_figure(curves)
+    for name, below in [
+        ("fails", "confident answers that are right, %"),
+        ("capability", "steps of pretraining"),
+    ]:
+        if name in there:
+            made[name] = gains_figure(found, name, below)
+    for name, figure in made.items():
+        for axis in figure.axes:
+            axis.spines[["top", "right"]].set_visible(False)
+        figure.savefig(folder / f"findings-{name}.png", dpi=130)
+        plt.close(figure)

@@ -1,0 +1,204 @@
+"""
+Measurements of a model of the tiny world, for findings.py, which says what to measure in JSON.
+
+    python tiny/measure.py '{"model": "tiny/base", "seed": 1, "n": 8}' --out answers.json
+    python tiny/measure.py '{"model": "tiny/base", "seed": 1, "decoders": {"greedy": ["greedy", {}],
+        "δ = 0.1": ["em-inf", {"delta": 0.1}]}, "families": {"long": {"lengths": [6]}}}' --out ...
+
+"n" asks for greedy answers and n at T = 1 to each of the first "problems" in "data". With
+"decoders" each of them answers: {name: [decoder, settings of EM-INF]}; with "families", too,
+they answer problems that are drawn for each family, within what `prepare.chain` is told, or
+those of "data" where it is told nothing. `of_run` and `examples` look at training runs.
+"""
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from prepare import chain, problem_of
+
+from em_inf import AdaptiveTemperature, EMInf, decode_and_grade
+from entropy import output_head
+from eval import evaluate, generate, is_correct, load_model, load_problems
+from tasks.answers import last_box
+from tasks.arguments import Help
+from tasks.files import replace_file
+from tasks.prompts import encode_prompt, stop_ids
+from tasks.scores import CONFIDENCE, by_problem, diagnosis, summary
+from training.run import collapsed
+
+VERDICTS = {"likely helps": 1, "too close to call": 0, "harms": -1}
+
+
+def measure(spec):
+    """{part: {metric: value}}. A part is a family of problems, else a decoder's name or, where
+    answers are asked for, one of `of_answers`."""
+    data = spec.get("data", "tiny/test.jsonl")
+    problems = load_problems(data)[: spec.get("problems")]
+    model, tokenizer = load_model(spec["model"], "cpu")
+    head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
+    if "n" in spec:
+        settings = dict(max_new_tokens=64, seed=spec["seed"], rows=512)
+        greedy = evaluate(model, tokenizer, head, problems, 0, **settings)
+        sampled = evaluate(model, tokenizer, head, problems, 1, n=spec["n"], **settings)
+        return of_answers(greedy, sampled)
+
+    def of_decoders(problems):
+        numbers = {}
+        for name, (decoder, settings) in spec["decoders"].items():
+            sharpeners = {
+                "em-inf": EMInf(**{"steps": 10} | settings),
+                "adaptive-temperature": AdaptiveTemperature(),
+            }
+            samples = decode_and_grade(
+                model, tokenizer, head, problems, decoder, max_new_tokens=128,
+                seed=spec["seed"], rows=512, sharpeners=sharpeners,
+            )
+            numbers[name] = summary(samples)
+        return numbers
+
+    parts = {}
+    for family, limits in spec.get("families", {}).items():
+        drawn = problems_of(limits, len(problems)) if limits else problems
+        parts[family] = {}
+        for name, numbers in of_decoders(drawn).items():
+            parts[family][name] = numbers["accuracy"]
+            parts[family][f"ECE {name}"] = numbers["ece"]
+    if not spec.get("families"):
+        for name, numbers in of_decoders(problems).items():
+            parts[name] = {key: numbers[key] for key in ("accuracy", "entropy", "seconds")}
+            parts[name]["FLOPs"] = numbers["flops"] / 1e9
+            if "greedy" in parts:
+                share = parts[name]["FLOPs"] / parts["greedy"]["FLOPs"]
+                parts[name]["FLOPs (greedy = 1)"] = share
+    return parts
+
+
+def problems_of(limits, count):
+    """`count` different problems, of the lengths and signs in `limits`."""
+    rng = random.Random(0)
+    problems = {}
+    while len(problems) < count:
+        problem = problem_of([chain(rng, **limits)])
+        problems[problem["prompt"]] = problem | {"id": problem["prompt"]}
+    return list(problems.values())
+
+
+def of_answers(greedy, sampled):
+    """What graded answers say: greedy ones, and n to each problem at T = 1."""
+    found = diagnosis(greedy, sampled)
+    right = by_problem([sample for sample in sampled if sample["correct"]], "response")
+    different = [len({last_box(text) for text in texts}) for texts in right.values()]
+    answers = {
+        "greedy": found["greedy"],
+        "T = 1": found["sampled"],
+        "entropy": found["entropy"],
+        "majority over greedy": found["majority"] - found["greedy"],
+        "distinct answers": found["distinct"],
+        "distinct right answers": sum(different) / len(greedy),
+        "ECE": found["ece"],
+        "AUROC": found["rewards"]["token"]["auroc"],
+        "pass@1": found["sampled"],
+    }
+    for k, share in found["pass"].items():
+        answers[f"pass@{k}"] = share
+    parts = {"answers": answers, "pass@4": {"pass@4": answers["pass@4"]}}
+    for reward, (key, sign) in CONFIDENCE.items():
+        forecast = found["rewards"][reward]
+        parts[reward] = {
+            "forecast": forecast["drift"],
+            "from": forecast["low"],
+            "to": forecast["high"],
+            "diagnosis": VERDICTS[forecast["verdict"]],
+            "AUROC": forecast["auroc"],
+        }
+        for k, share in forecast["surest"].items():
+            parts[reward][f"surest of {k}"] = share
+        for name, right in ("worked right", True), ("worked wrong", False):
+            # a worked answer shows its steps
+            some = [x for x in sampled if "=" in x["response"] and x["correct"] == right]
+            mean = np.mean([x[key] for x in some]) if some else np.nan
+            parts[reward][name] = sign * mean
+    return parts
+
+
+def of_run(rows):
+    """What the rows of a run's metrics.csv say."""
+    measured = [row for row in rows if "val_greedy" in row]
+    last = measured[-1]
+    peak = max(measured, key=greedy_of)  # the first of the best
+    high = [row["step"] for row in measured if row["val_greedy"] >= 0.95]
+    stop = guard_stop(rows)
+    until = [row["val_greedy"] for row in measured if row["step"] <= stop]
+    return {
+        "greedy": last["val_greedy"],
+        "T = 1": last["val_sampled"],
+        "entropy": last["val_entropy"],
+        "length": last["val_length"],
+        "FLOPs": sum(row["flops"] for row in rows[1:]) / 1e9,
+        "steps to 95 %": high[0] if high else np.nan,
+        "peak at step": peak["step"],
+        "peak greedy": peak["val_greedy"],
+        "KL at peak": kl_of_response(peak),
+        "KL at end": kl_of_response(last),
+        "guard stops at step": stop,
+        "greedy there": until[-1] if until else np.nan,
+    }
+
+
+def greedy_of(row):
+    return row["val_greedy"]
+
+
+def kl_of_response(row):
+    """Nats, of the policy before that step to the initial model."""
+    return row.get("kl", 0.0) * row.get("length", 0.0)
+
+
+def guard_stop(rows, factor=4.0):
+    """The step after which the guard, as it is by default, would have ended a run; or nan."""
+    for i, row in enumerate(rows):
+        if collapsed(rows[: i + 1], factor):
+            return row["step"]
+    return np.nan
+
+
+def examples(models):
+    """The same three problems, answered greedily by each of {name: folder}: Markdown, with
+    each token's entropy below it, in tenths of a nat."""
+    problems = load_problems("tiny/test.jsonl")[5:8]
+    lines = []
+    for problem in problems:
+        lines.append(f"{problem['prompt']}    answer: {problem['answer']}")
+        for name, folder in models.items():
+            model, tokenizer = load_model(str(folder), "cpu")
+            ids = encode_prompt(tokenizer, problem["prompt"])
+            stop = stop_ids(model, tokenizer)
+            responses, entropy, _ = generate(
+                model, [ids], stop, max_new_tokens=64, temperature=0.0
+            )
+            tokens = [tokenizer.decode(token) for token in responses[0]]
+            if responses[0][-1] in stop:
+                tokens[-1] = " end"
+            right = "right" if is_correct("".join(tokens), problem) else "wrong"
+            below = ""
+            for token, nats in zip(tokens, entropy[0].tolist()):
+                below += f"{min(9, round(10 * nats))}".ljust(len(token))
+            lines += [f"  {name:12} {right}  " + "".join(tokens), " " * 22 + below.rstrip()]
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("spec", type=json.loads, help="what to measure, in JSON")
+    parser.add_argument("--out", type=Path, required=True, help="file for the numbers, JSON")
+    args = parser.parse_args()
+    replace_file(args.out, json.dumps(measure(args.spec), indent=1))
+
+
+if __name__ == "__main__":
+    main()
