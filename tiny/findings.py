@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from figures import draw_all
 from jobs import Job, execute
 from measure import examples, of_run
-from report import DELTAS, fill, made_by, sign_of_gains, write_csv
+from report import DELTAS, fill, made_by, read_csv, sign_of_gains, write_csv
 
 from em_inf import DECODERS, SHARPENERS
 from tasks.arguments import Help, comma_list, positive_int
@@ -286,9 +286,10 @@ def main():
     }
     shipped = not args.quick and not args.only
     tables, pictures = (Path("tiny"), Path("assets")) if shipped else (folder, folder)
+    write_csv(tables / "findings.csv", found)
+    found = read_csv(tables / "findings.csv")  # rounded, and the texts must agree with it
     report = fill(Path("tiny/findings.md").read_text(), found, texts)
     replace_file(tables / "findings.md", report)
-    write_csv(tables / "findings.csv", found)
     draw_all(found, curves, pictures)
     if shipped:
         for path in Path("README.md"), Path("course/README.md"):
