@@ -37,7 +37,7 @@ from training.run import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = dict(seeds=3, problems=512, steps=40, zoo_steps=100, habits=1500, school=1, batches=1000)
-QUICK = dict(seeds=1, problems=64, steps=4, zoo_steps=8, habits=100, school=8, batches=20)
+QUICK = dict(seeds=1, problems=64, steps=4, zoo_steps=8, habits=50, school=20, batches=20)
 TOKEN, SEQUENCE = "em_rl.py --reward token", "em_rl.py --reward sequence"
 RUNS = {  # experiment: {setting: script and flags}; what several share is run once
     "training": {
