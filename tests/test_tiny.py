@@ -124,6 +124,15 @@ def test_what_is_finished_is_skipped_unless_something_else_is_asked_for(tmp_path
     assert first.out.read_text() == "xxx"
 
 
+def test_a_run_of_other_settings_is_made_afresh_and_not_resumed(tmp_path):
+    checkpoint = tmp_path / "run/checkpoint"
+    code = "import os; os.makedirs(out + '/checkpoint')\n"
+    code += "open(out + '/checkpoint/state.pt', 'w').write(sys.argv[1])"
+    for settings in "a", "b":
+        jobs.execute([job_of(tmp_path, "run", f"{code}  # {settings}")], 1, tmp_path)
+        assert (checkpoint / "state.pt").read_text() == "--out"
+
+
 def test_a_job_that_fails_is_named_and_stops_what_waits(tmp_path):
     bad = job_of(tmp_path, "bad", "raise ValueError('what went wrong')")
     later = job_of(tmp_path, "later", MAKE, bad)

@@ -3,7 +3,7 @@ What the README says about the tiny model, measured: the paper's tables in minia
 readers still asked for, and where entropy minimisation goes wrong.
 
     python tiny/findings.py                     # 3 seeds: an hour and a half on 2 CPU cores
-    python tiny/findings.py --quick             # all in little, 1 seed: minutes
+    python tiny/findings.py --quick             # all in little, with one seed
     python tiny/findings.py --only training,kl  # some of the experiments
 
 Runs em_rl.py, em_ft.py, prepare.py and measurements of its own, as many at a time as there are
