@@ -87,6 +87,8 @@ def set_up(device=None, dtype=None):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0][:160]
         raise ValueError(f"--device {device}: not usable here ({reason})") from None
+    # cuDNN's attention makes a plan for every new shape, which takes longer than a token does
+    torch.backends.cuda.enable_cudnn_sdp(False)
     native = device.startswith("cuda")
     native = native and torch.cuda.is_bf16_supported(including_emulation=False)
     return device, getattr(torch, dtype or ("bfloat16" if native else "float32"))

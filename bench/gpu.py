@@ -44,6 +44,7 @@ import eval as ev  # noqa: E402
 from bench import rollouts  # noqa: E402
 from bench.entropy import high_water, make_inputs, step  # noqa: E402
 from em_inf import EMInf  # noqa: E402
+from entropy import entropy_and_logprob, token_entropy  # noqa: E402
 from tasks.arguments import Help, comma_list, positive  # noqa: E402
 from tasks.files import replace_file  # noqa: E402
 from training import run, vllm_rollouts  # noqa: E402
@@ -126,6 +127,7 @@ def of_peak(speed, peak, device):
 
 def random_model(sizes):
     """The 7B model in eval mode, made on the device itself."""
+    ev.set_up(sizes["device"])
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen2", **sizes["model"])
     with torch.device(sizes["device"]):
@@ -158,12 +160,20 @@ def entropy(sizes, folder):
     vocab, width = sizes["model"]["vocab_size"], sizes["model"]["hidden_size"]
     peak = matmul_peak(sizes)
     args = SimpleNamespace(device=device, dtype=sizes["dtype"], width=width)
-    both_ways = functools.partial(step, "ours", *make_inputs(args, tokens, vocab))
+    hidden, weight, targets = make_inputs(args, tokens, vocab)
+    both_ways = functools.partial(step, "ours", hidden, weight, targets)
     seconds = median([seconds_of(both_ways, device) for _ in range(6)][1:])
     speed = 4 * 2 * tokens * vocab * width / seconds
     memory = high_water(device) / 1e9
-    summary = f"{1e3 * seconds:.0f} ms, {of_peak(speed, peak, device)}; {memory:.1f} GB"
-    return dict(seconds=seconds, speed=speed, peak=peak, gigabytes=memory, summary=summary)
+    with torch.no_grad():  # a few of the tokens, against float64
+        few, exact = hidden[:64], hidden[:64].double() @ weight.double().T
+        found, _ = entropy_and_logprob(few, weight, targets[:64])
+        error = (found - token_entropy(exact)).abs().max().item()
+    summary = (f"{1e3 * seconds:.0f} ms, {of_peak(speed, peak, device)}; {memory:.1f} GB; "
+               f"entropies within {error:.1g} nats of float64's")
+    return dict(
+        seconds=seconds, speed=speed, peak=peak, gigabytes=memory, error=error, summary=summary
+    )
 
 
 def em_inf(sizes, folder):

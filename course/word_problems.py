@@ -13,12 +13,13 @@ that entropy minimisation can bring out: see "From the toy to a real model" in R
 A problem has 2 to 4 steps, in hard.jsonl 5 or 6. A worked step is wrong now and then, and its
 writer goes on from the wrong number; longer problems are answered directly more often. So the
 model can solve more than it usually does, and is surest of what it works out. No sentence of
-test.jsonl and hard.jsonl, and no number that one of their problems gives, is in a problem of
+test.jsonl and hard.jsonl, and no sum, difference or product that they ask for, is anywhere in
 train.jsonl.
 """
 import argparse
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -32,9 +33,12 @@ THINGS = "shells stamps apples coins marbles books pencils cards".split()
 SENTENCES = {  # a first one, a last one, and what happens between them; {n} is the number
     "train": {
         "start": ["{name} has {n} {things}.", "There are {n} {things} in {name}'s box."],
-        "+": ["Then {n} more are bought.", "A friend brings {n} more.", "{n} more turn up."],
-        "-": ["Then {n} of them get lost.", "{n} are given away.", "{n} of them are sold."],
-        "*": ["After that there are {n} times as many.", "The number grows {n}-fold."],
+        "+": ["Then {n} more are bought.", "A friend brings {n} more.", "{n} more turn up.",
+              "{name} gets another {n} as a present."],
+        "-": ["Then {n} of them get lost.", "{n} are given away.", "{n} of them are sold.",
+              "A dog runs off with {n}."],
+        "*": ["After that there are {n} times as many.", "The number grows {n}-fold.",
+              "{name} trades each of them for {n} new ones."],
         "end": ["How many {things} are there now?", "How many {things} does that make?"],
     },
     "test": {
@@ -47,18 +51,20 @@ SENTENCES = {  # a first one, a last one, and what happens between them; {n} is 
 }
 
 
+def held_out(number, op, n):
+    """Is this step one of the quarter of all steps that only test problems have?"""
+    return (number // 2 + n) % 4 == 3
+
+
 def chain(rng, kind, steps):
-    """[("+", 7), ("-", 4)] and the numbers passed through, [12, 19, 15], all from 1 to 99. Test
-    problems take every fourth number, and training problems the others."""
-    numbers = [n for n in range(2, 60) if (n % 4 == 3) == (kind == "test")]
-    factors = [3] if kind == "test" else [2, 4, 5]
-    results = [rng.choice(numbers)]
+    """[("+", 7), ("-", 4)] and the numbers passed through, [12, 19, 15], all from 1 to 99."""
+    results = [rng.randrange(2, 60)]
     ops = []
     while len(ops) < steps:
         op = rng.choice("++--*")
-        n = rng.choice(factors if op == "*" else numbers)
+        n = rng.randrange(2, 6 if op == "*" else 20)
         result = apply(results[-1], op, n)
-        if 1 <= result <= 99:
+        if 1 <= result <= 99 and held_out(results[-1], op, n) == (kind == "test"):
             ops.append((op, n))
             results.append(result)
     return ops, results
@@ -87,6 +93,12 @@ def solution(rng, ops, results, args):
     return ", ".join(lines) + f", \\boxed{{{number}}}"
 
 
+def steps_of(text):
+    """The steps of a worked solution, right or wrong: [(12, "+", 7), ...]."""
+    found = re.findall(r"(-?\d+) ([-+*]) (\d+) =", text)
+    return [(int(number), op, int(n)) for number, op, n in found]
+
+
 def problem(rng, kind, lengths, args):
     ops, results = chain(rng, kind, rng.choice(lengths))
     words = {"name": rng.choice(NAMES), "things": rng.choice(THINGS)}
@@ -94,11 +106,14 @@ def problem(rng, kind, lengths, args):
     for place, n in [("start", results[0]), *ops, ("end", None)]:
         sentence = rng.choice(SENTENCES[kind][place])
         sentences.append(sentence.format(n=n, **words))
+    text = solution(rng, ops, results, args)
+    while kind == "train" and any(held_out(*step) for step in steps_of(text)):  # behind a slip
+        text = solution(rng, ops, results, args)
     return {
         "prompt": " ".join([*sentences, ASK]),
         "answer": str(results[-1]),
         "steps": len(ops),
-        "solution": solution(rng, ops, results, args),
+        "solution": text,
     }
 
 
@@ -106,12 +121,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/words"), help="folder for the three files")
-    add("--size", type=positive_int, default=8000, help="problems in train.jsonl")
+    add("--size", type=positive_int, default=12_000, help="problems in train.jsonl")
     add("--test-size", type=positive_int, default=256, help="problems in each of the others")
     add("--direct", type=nonnegative, default=0.2, metavar="SHARE", help="of direct answers to "
         "two steps; each further step adds as much")
     add("--rambling", type=nonnegative, default=0.06, metavar="SHARE", help="of rambling answers")
-    add("--noise", type=nonnegative, default=0.1, metavar="SHARE", help="of wrong steps among "
+    add("--noise", type=nonnegative, default=0.05, metavar="SHARE", help="of wrong steps among "
         "the worked ones")
     add("--seed", type=whole_number, default=1, help="of everything")
     args = parser.parse_args()

@@ -20,6 +20,7 @@ class MasterAdamW:
         if offload is None and model.device.type == "cuda":
             memory = torch.cuda.get_device_properties(model.device).total_memory
             offload = 20 * sum(p.numel() for p in self.params) > memory
+        self.offload = offload
         self.sums = {}  # float32 sums of the gradients of weights that are not float32
         self.masters = []
         for p in self.params:
@@ -30,7 +31,8 @@ class MasterAdamW:
             else:
                 device = "cpu" if offload else p.device
                 self.masters.append(p.detach().to(device, torch.float32, copy=True))
-        self.adam = torch.optim.AdamW(self.masters, lr=lr)
+        # fused: in CPU memory AdamW was 5 times as fast with it
+        self.adam = torch.optim.AdamW(self.masters, lr=lr, fused=offload or None)
 
     def add(self, p):
         """Called by autograd after each backward: move a gradient into its float32 sum."""
@@ -52,12 +54,15 @@ class MasterAdamW:
         scale = min(1.0, max_norm / (norm + 1e-6))
         for p, master, grad in zip(self.params, self.masters, grads):
             p.grad = None
-            if grad is not None:
-                master.grad = grad.mul_(scale).to(master.device)
+            if grad is None or master.grad is None:
+                master.grad = None if grad is None else grad.mul_(scale).to(master.device)
+            else:  # in CPU memory: into the last step's, since new memory is slow at first touch
+                master.grad.copy_(grad.mul_(scale))
         strides = [1 + m.numel() // 10_000 for m in self.masters]
         before = [m.flatten()[::n].clone() for m, n in zip(self.masters, strides)]
         self.adam.step()
-        self.adam.zero_grad()
+        if not self.offload:
+            self.adam.zero_grad()
         changed = 0
         for p, master, n, old in zip(self.params, self.masters, strides, before):
             changed += (master.flatten()[::n] != old).sum().item()
