@@ -43,7 +43,7 @@ SENTENCES = {  # a first one, a last one, and what happens between them; {n} is 
     },
     "test": {
         "start": ["{name} starts the day with {n} {things}."],
-        "+": ["An aunt adds {n}.", "{name} finds {n} others."],
+        "+": ["An aunt adds {n}.", "{name} finds {n} more."],
         "-": ["Somebody takes {n} away.", "{n} of the {things} break."],
         "*": ["{name} wishes for {n} times that number, and gets it."],
         "end": ["What is the number of {things} in the end?"],

@@ -39,18 +39,23 @@ def sentences_of(problem):
     return set(re.split(r"(?<=[.?]) ", text)) - {word_problems.ASK}
 
 
-def test_sentences_and_numbers_of_the_tests_are_not_trained_on(made):
-    rows = made()
-    numbers, sentences = {}, {}
-    for name, problems in rows.items():
-        numbers[name] = {number for problem in problems for number in numbers_of(problem)}
-        sentences[name] = set().union(*map(sentences_of, problems))
+def steps_in(problem):
+    """The steps that a prompt's own numbers and a worked solution without slips have."""
+    return set(re.findall(r"-?\d+ [-+*] \d+ =", problem["solution"]))
+
+
+def test_sentences_and_steps_of_the_tests_are_not_trained_on(made):
+    flags = "--direct 0 --rambling 0 --noise "
+    tests, trained = made(flags + "0"), made(flags + "0.3")["train"]
+    steps = set().union(*map(steps_in, trained))
+    sentences = set().union(*map(sentences_of, trained))
     for name in "test", "hard":
-        assert not numbers[name] & numbers["train"]
-        assert not sentences[name] & sentences["train"]
-    assert {problem["steps"] for problem in rows["train"]} == {2, 3, 4}
-    assert {problem["steps"] for problem in rows["hard"]} == {5, 6}
-    assert all(word_problems.ASK in problem["prompt"] for problem in rows["test"])
+        for problem in tests[name]:
+            assert len(steps_in(problem)) >= 2 and not steps_in(problem) & steps
+            assert not sentences_of(problem) & sentences
+            assert word_problems.ASK in problem["prompt"]
+    assert {problem["steps"] for problem in tests["train"]} == {2, 3, 4}
+    assert {problem["steps"] for problem in tests["hard"]} == {5, 6}
 
 
 def test_worked_answers_without_noise_are_right(made):
