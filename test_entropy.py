@@ -28,6 +28,7 @@ from training.optimizer import MasterAdamW
 from training.run import read_rows
 
 cases = pytest.mark.parametrize
+FOUR = ev.AutoTokenizer.from_pretrained(TINY)("4")["input_ids"][0]
 PROBLEMS = {p["prompt"]: p for p in ev.load_problems(str(ROOT / "tiny/train.jsonl"))}
 
 
@@ -463,10 +464,12 @@ def test_the_sequence_rewards_gradient_is_the_token_rewards_plus_em_fts():
 @pytest.fixture
 def first_step(tmp_path, monkeypatch):
     """Runs a script's first step, in two updates of several micro-batches: its responses,
-    `policy_of` each, noise put on their log-probs, and each update's weights and gradient."""
+    `policy_of` each, noise put on their log-probs, and each update's weights and gradient.
+    Of its EOS the model is sure, so a loss could lose it unseen: with a digit among `stop` many
+    responses end at a token that has a gradient."""
     step = MasterAdamW.step
 
-    def run(script, flags, temperature=1.0, noise=0.0):
+    def run(script, flags, temperature=1.0, noise=0.0, stop=(279,)):
         seen = SimpleNamespace(weights=[], gradients=[], prompts=[], responses=[])
 
         def spy(optimizer, max_norm):
@@ -484,6 +487,7 @@ def first_step(tmp_path, monkeypatch):
 
         monkeypatch.setattr(MasterAdamW, "step", spy)
         monkeypatch.setattr(script, "generate", sample)
+        monkeypatch.setattr(script, "stop_ids", lambda model, tokenizer: list(stop))
         script.main((
             f"--out {tmp_path}/run --device cpu --val none --prompts 4 --rollouts 3 --steps 1 "
             "--updates 2 --lr 1e-2 --budget 100 --max-new-tokens 28 "
@@ -535,7 +539,8 @@ def test_em_rl_gradient_is_plain_ppo_of_rows_alone(
 ):
     flags = f"--reward {name} --reward-norm {norm} --advantage {kind} --beta {beta}"
     flags += " --clip 0.1 --checkpointing --rollout-batch 5"
-    seen = first_step(em_rl, flags, temperature, noise)
+    seen = first_step(em_rl, flags, temperature, noise, stop=(279, FOUR))
+    assert any(response[-1] == FOUR for response in seen.responses)
     tokenizer = ev.load_model(TINY, "cpu")[1]
     name, _, coef = name.partition(" --entropy-coef ")
     model = ev.load_model(TINY, "cpu")[0].double()
@@ -566,7 +571,7 @@ def test_em_rl_gradient_is_plain_ppo_of_rows_alone(
 
 @cases("beta, temperature", [(0, 1), (0.5, 0.7)])
 def test_em_ft_gradient_is_autograd_through_whole_logits(first_step, beta, temperature):
-    seen = first_step(em_ft, f"--beta {beta}", temperature)
+    seen = first_step(em_ft, f"--beta {beta}", temperature, stop=(279, FOUR))
     check_gradients(seen, lambda i, H, L: -H, beta, temperature)
 
 

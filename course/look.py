@@ -108,10 +108,10 @@ def main(argv=None):
     add("--temperature", type=positive, default=1.0, help="of the sampling, after EM-INF")
     add("--optimizer", choices=["adam", "sgd"], default="adam", help="of EM-INF's descent")
     add("--lr", type=positive, default=0.1, help="of EM-INF's descent")
-    add("--out", type=Path, default=Path("look.html"), help="the page")
+    add("--out", type=Path, default=Path("runs/look.html"), help="the page")
     args = parser.parse_args(argv)
     models, source = args.model or [TINY["model"]], args.data or TINY["data"]
-    data, columns, body, curves = {"names": {}, "rows": []}, [], "", ""
+    data, body, curves = {"names": {}, "rows": []}, "", ""
     try:
         if args.run:
             config, metrics = read_config(args.run), read_rows(Path(args.run, "metrics.csv"))
@@ -124,8 +124,7 @@ def main(argv=None):
                            f'</figcaption><svg viewBox="0 {-top} {end} {top}" role="none" preserve'
                            f'AspectRatio="none"><polyline points="{line}"/></svg></figure>\n')
         asked = [{"prompt": args.prompt}] if args.prompt else load_problems(source)
-        for path in models:
-            columns.append((path, *load_model(str(path), *set_up()), torch.clone))
+        columns = [(path, *load_model(str(path), *set_up()), torch.clone) for path in models]
         em_inf = EMInf(lr=args.lr, optimizer=args.optimizer)
         columns.append((f"{models[0]} with EM-INF", *columns[0][1:3], em_inf.sharpen))
         for problem in asked[: args.limit]:
@@ -136,6 +135,7 @@ def main(argv=None):
         template = Path(__file__).with_name("look.html").read_text(encoding="utf-8")
         about = f"Temperature {args.temperature:g}; EM-INF by {args.optimizer}, lr {args.lr:g}."
         data = json.dumps(data | {"names": list(data["names"])}).replace("<", "\\u003c")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(string.Template(template).substitute(
             about=about, curves=curves, responses=body, data=data), encoding="utf-8")
     except (OSError, ValueError, FloatingPointError) as error:

@@ -446,6 +446,21 @@ def test_masters_in_cpu_memory_or_not_take_the_steps_of_plain_adamw(offload):
         assert (master.data_ptr() != b.data_ptr()) == offload
 
 
+def test_a_weight_that_a_step_leaves_out_gets_no_gradient_of_the_step_before():
+    """Guards against memory that is kept for gradients in CPU memory, and what is left in it."""
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 1, bias=False) for _ in range(2)])
+    model.device = torch.device("cpu")
+    optimizer, x = MasterAdamW(model, 0.1, offload=True), torch.ones(2)
+    (model[0](x) + model[1](x)).backward()
+    optimizer.step(1.0)
+    memory = [master.grad.data_ptr() for master in optimizer.masters]
+    before = [layer.weight.detach().clone() for layer in model]
+    model[0](x).backward()
+    optimizer.step(1.0)
+    assert not torch.equal(model[0].weight, before[0]) and torch.equal(model[1].weight, before[1])
+    assert optimizer.masters[0].grad.data_ptr() == memory[0]
+
+
 def test_bf16_weights_stand_still_at_lr_1e_6_and_their_masters_move_as_float32():
     half, ours, full = (random_model("qwen2").to(torch.bfloat16) for _ in range(3))
     start = torch.nn.utils.parameters_to_vector(full.float().parameters()).detach()
