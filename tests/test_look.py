@@ -191,7 +191,6 @@ def test_a_run_has_its_curves_and_base_and_trained_side_by_side(run, tmp_path):
     ("--run nowhere", "nowhere/config.json"),
     ("--data nowhere.jsonl", "nowhere.jsonl"),
     ("--model a --run b", "not allowed with"),
-    ("--out nowhere/page.html", "nowhere/page.html"),
     ("--limit 0", "--limit"),
 ])
 def test_bad_input_is_one_line(flags, said, tmp_path, monkeypatch, capsys):
