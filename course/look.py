@@ -39,8 +39,7 @@ def visible(text):
 def column(path, model, tokenizer, sharpen, problem, data, args):
     """Sample one response, add its rows to `data`, and give its HTML. A row is a token's [name,
     entropy, log-prob, five likeliest, probabilities], and where EM-INF sharpened it [entropy, five
-    likeliest, probabilities] after that; nats at T = 1, and a name is its place in data["names"].
-    Tokens that the problem's first column does not have are <ins>."""
+    likeliest, probabilities] after that; nats at T = 1. A name is its place in data["names"]."""
     rows, names, number, spans, before = [], data["names"], len(data["rows"]), "", ""
 
     def name(id):
@@ -117,7 +116,9 @@ def main(argv=None):
             config, metrics = read_config(args.run), read_rows(Path(args.run, "metrics.csv"))
             models, source = [config["model"], checkpoint_of(args.run)], args.data or config["val"]
             for name, key in ("Nats", "entropy"), ("Accuracy", "val_greedy"), ("Tokens", "length"):
-                points = [(row["step"], row[key]) for row in metrics if key in row] or [(0, 0)]
+                points = [(row["step"], row[key]) for row in metrics if key in row]
+                if not points:  # no held-out problems
+                    continue
                 (_, first), (end, last), top = points[0], points[-1], max(y for _, y in points)
                 line = " ".join(f"{x},{-y}" for x, y in points)
                 curves += (f'<figure><figcaption>{name}: {first:.3g} to {last:.3g} in {end} steps'
