@@ -52,7 +52,7 @@ SENTENCES = {  # a first one, a last one, and what happens between them; {n} is 
 
 
 def held_out(number, op, n):
-    """Is this step one of the quarter of all steps that only test problems have?"""
+    """Is this step, whatever its sign, in the quarter of all that only test problems have?"""
     return (number // 2 + n) % 4 == 3
 
 

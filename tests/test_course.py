@@ -40,7 +40,7 @@ def sentences_of(problem):
 
 
 def steps_in(problem):
-    """The steps that a prompt's own numbers and a worked solution without slips have."""
+    """The steps of a worked solution, as in {"12 + 7 =", "19 - 4 ="}."""
     return set(re.findall(r"-?\d+ [-+*] \d+ =", problem["solution"]))
 
 
