@@ -17,7 +17,7 @@ A response's tokens include the end-of-sequence token that it drew. One that nev
 at --max-new-tokens and counts like any other. Labels are read for the report only (held-out
 accuracy, every few steps), unless a flag asks for them. After Ctrl-C --resume runs/NAME goes
 on as if nothing had happened, since each step has a seed of its own, and --steps 200 takes a
-finished run further. training/run.py lists a run's files; training/optimizer.py says why the
+finished run further. engine/run.py lists a run's files; engine/optimizer.py says why the
 weights are bfloat16 on a GPU and have float32 masters.
 
 Departures from the paper (arXiv 2505.15134) and its released trainer:
@@ -33,22 +33,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from engine import report, run
+from engine.arguments import Help, growth, nonnegative, positive, positive_int, whole_number
+from engine.guard import collapsed
+from engine.load import load_model, set_up
+from engine.optimizer import MasterAdamW
+from engine.sampler import generate
 from entropy import batches, k3, output_head, score, score_all
-from eval import (
-    Help,
-    generate,
-    growth,
-    load_model,
-    load_problems,
-    nonnegative,
-    positive,
-    positive_int,
-    set_up,
-    stop_ids,
-    whole_number,
-)
-from training import report, run
-from training.optimizer import MasterAdamW
+from eval import evaluate_held_out
+from tasks.problems import load_problems
+from tasks.prompts import stop_ids
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(
@@ -148,7 +142,7 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------------- train
     if start == 0:
-        row = run.evaluate_held_out(0, model, tokenizer, head, val, args, folder)
+        row = evaluate_held_out(0, model, tokenizer, head, val, args, folder)
         history.append({"step": 0} | row)
         run.write_rows(folder / "metrics.csv", history)
     for step in range(start + 1, args.steps + 1):
@@ -213,11 +207,11 @@ def main(argv=None):
         row["flops"] = flops * sum(sizes)
 
         # evaluate, and let the guard look
-        collapse = run.collapsed(history + [row], args.guard)
+        collapse = collapsed(history + [row], args.guard)
         last = step == args.steps or collapse is not None
         if last or step % args.eval_every == 0:
             run.log_sample(step, problems[0]["prompt"], texts[0], folder)
-            row.update(run.evaluate_held_out(step, model, tokenizer, head, val, args, folder))
+            row.update(evaluate_held_out(step, model, tokenizer, head, val, args, folder))
         history.append(row)
         run.log(row, logger)
 

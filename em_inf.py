@@ -38,10 +38,12 @@ from pathlib import Path
 import torch
 from transformers import LogitsProcessor, TextStreamer
 
+from engine.arguments import Help, comma_list, nonnegative, positive, positive_int, whole_number
+from engine.load import load_model, set_up
+from engine.sampler import generate
 from entropy import at_least_float32, output_head, score_all, token_entropy
-from eval import generate, graded, load_model, set_up
+from eval import graded
 from tasks.answers import most_agreed
-from tasks.arguments import Help, comma_list, nonnegative, positive, positive_int, whole_number
 from tasks.problems import load_gradable
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
 from tasks.scores import table

@@ -20,7 +20,7 @@ A response's tokens include the end-of-sequence token that it drew. One that nev
 at --max-new-tokens and counts like any other. Labels are read for the report only (held-out
 accuracy, every few steps), unless a flag asks for them. After Ctrl-C --resume runs/NAME goes
 on as if nothing had happened, since each step has a seed of its own, and --steps 200 takes a
-finished run further. training/run.py lists a run's files; training/optimizer.py says why the
+finished run further. engine/run.py lists a run's files; engine/optimizer.py says why the
 weights are bfloat16 on a GPU and have float32 masters.
 
 Departures from the paper (arXiv 2505.15134) and its released trainer:
@@ -41,26 +41,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from entropy import batches, k3, output_head, score, score_all
-from eval import (
+from engine import report, run
+from engine.arguments import (
     Help,
-    generate,
     growth,
-    is_correct,
-    load_model,
-    load_problems,
     nonnegative,
     number_or_exact,
     positive,
     positive_int,
-    set_up,
-    stop_ids,
     two_or_more,
-    votes,
     whole_number,
 )
-from training import report, run, vllm_rollouts
-from training.optimizer import MasterAdamW
+from engine.guard import collapsed
+from engine.load import load_model, set_up
+from engine.optimizer import MasterAdamW
+from engine.sampler import generate
+from entropy import batches, k3, output_head, score, score_all
+from eval import evaluate_held_out
+from scale import vllm_rollouts
+from tasks.answers import is_correct, votes
+from tasks.problems import load_problems
+from tasks.prompts import stop_ids
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(
@@ -187,7 +188,7 @@ def main(argv=None):
     add("--guard", type=growth, default=4.0, metavar="X", help="stop when length or entropy has "
         "grown X-fold, or the run has collapsed otherwise; 0: never")
     add("--sampler", choices=["own", "vllm"], default="own", help="what draws the responses; vllm: "
-        "see training/vllm_rollouts.py")
+        "see scale/vllm_rollouts.py")
     add("--vllm-memory", type=positive, default=0.4, metavar="X", help="vLLM's share of the GPU's "
         "memory while it samples")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
@@ -236,7 +237,7 @@ def main(argv=None):
 
     # -------------------------------------------------------------------------------- train
     if start == 0:
-        row = run.evaluate_held_out(0, model, tokenizer, head, val, args, folder)
+        row = evaluate_held_out(0, model, tokenizer, head, val, args, folder)
         history.append({"step": 0} | row)
         run.write_rows(folder / "metrics.csv", history)
     for step in range(start + 1, args.steps + 1):
@@ -317,11 +318,11 @@ def main(argv=None):
         row["flops"] = flops * sum(sizes)
 
         # evaluate, and let the guard look
-        collapse = run.collapsed(history + [row], args.guard)
+        collapse = collapsed(history + [row], args.guard)
         last = step == args.steps or collapse is not None
         if last or step % args.eval_every == 0:
             run.log_sample(step, problems[0]["prompt"], texts[0], folder)
-            row.update(run.evaluate_held_out(step, model, tokenizer, head, val, args, folder))
+            row.update(evaluate_held_out(step, model, tokenizer, head, val, args, folder))
         history.append(row)
         run.log(row, logger)
 

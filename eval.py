@@ -22,243 +22,27 @@ The folder of an evaluation has config.json, samples.jsonl (every response and i
 results.json and reliability.png.
 """
 import argparse
-import inspect
 import itertools
 import json
-import math
-import os
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from entropy import batches, output_head, score_all, token_entropy
+from engine import report
+from engine.arguments import Help, comma_list, positive, positive_int, shard
+from engine.files import append_jsonl, fresh_folder, lock, read_config, read_jsonl, replace_file
+from engine.load import load_model, set_up
+from engine.sampler import generate
+from entropy import output_head, score_all
 from tasks import answers, sandbox, scores
-from tasks.answers import is_correct, votes  # noqa: F401, for other scripts
-from tasks.arguments import (  # noqa: F401
-    Help,
-    comma_list,
-    growth,
-    nonnegative,
-    number_or_exact,
-    positive,
-    positive_int,
-    shard,
-    two_or_more,
-    whole_number,
-)
-from tasks.files import (
-    append_jsonl,
-    fresh_folder,
-    lock,
-    read_config,
-    read_jsonl,
-    read_samples,
-    replace_file,
-)
-from tasks.problems import HUB, hub_says, load_gradable, load_problems, reach_hub  # noqa: F401
+from tasks.problems import HUB, load_gradable, load_problems
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
 
 HERE = Path(__file__).parent
 DECODERS = {0: "greedy", 1: "sample"}  # by temperature
-
-# ------------------------------------------------------------------------ model and prompts
-
-
-def set_up(device=None, dtype=None):
-    """(device, dtype) to work with, chosen where they are not given.
-
-    Weights are bfloat16 on a GPU that has it, else float32 (on a T4, say): float16 would
-    need its losses scaled. Raises ValueError for a device that is not there.
-    """
-    if device is None:
-        other = "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else other
-    try:
-        if device.split(":")[0] not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("give cuda, mps or cpu")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0][:160]
-        raise ValueError(f"--device {device}: not usable here ({reason})") from None
-    # cuDNN's attention makes a plan for every new shape, which takes longer than a token does
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    native = device.startswith("cuda")
-    native = native and torch.cuda.is_bf16_supported(including_emulation=False)
-    return device, getattr(torch, dtype or ("bfloat16" if native else "float32"))
-
-
-def load_model(name, device, dtype=torch.float32):
-    """(model in eval mode, tokenizer) of a folder or a Hub id; OSError where there is none."""
-    is_folder = Path(name).is_dir()
-    reached = is_folder or reach_hub()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        settings = Path(name, "generation_config.json")  # if damaged, transformers ignores it
-        if settings.exists():
-            json.loads(settings.read_text())
-        adapters = Path(name, "adapter_config.json")  # of --lora
-        base = name
-        if adapters.exists():
-            base = json.loads(adapters.read_text())["base_model_name_or_path"]
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        if adapters.exists():
-            import peft
-
-            model = peft.PeftModel.from_pretrained(model, name).get_base_model()
-    except Exception as error:  # whatever the loaders raise for a missing or a damaged file
-        reason = " ".join(str(error).split())[:160]
-        if is_folder:
-            raise OSError(f"model {name}: the folder can't be loaded ({reason})") from error
-        raise OSError(f"model {name}: no folder here, and {hub_says(reached)} model") from error
-    if model.num_parameters() < 2**20 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # beside any other work several would wait for each other
-    return model.to(device).eval(), tokenizer
-
-
-# ------------------------------------------------------------------------------ the sampler
-
-
-class GrowingLayer(DynamicLayer):
-    """A layer's keys and values in a buffer with room to grow. transformers' own layer copies
-    all of itself at every token: at 64 rows x 1,024 tokens that took 1.8 times as long."""
-
-    def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.key_room, self.value_room = self.keys, self.values
-        self.key_room, self.keys = append(self.key_room, self.keys, keys)
-        self.value_room, self.values = append(self.value_room, self.values, values)
-        return self.keys, self.values
-
-
-def append(room, old, new):
-    """Put `new` (B, heads, t, D) behind `old` in its buffer `room`: (room, a view of both)."""
-    start = old.shape[-2] if old.numel() else 0
-    end = start + new.shape[-2]
-    if len(room) != len(new) or room.shape[-2] < end:  # full, or rows have come or gone
-        room = new.new_empty(*new.shape[:2], end + 256, new.shape[-1])
-        if start:
-            room[:, :, :start] = old
-    room[:, :, start:end] = new
-    return room, room[:, :, :end]
-
-
-def next_logits(model, cache, ids, attention_mask, position_ids):
-    """Run the model on ids (B, t) behind what `cache` holds: logits of the next token (B, V)."""
-    names = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
-    output = model(
-        input_ids=ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=True,
-        logits_to_keep=1,
-        **{name: cache},
-    )
-    return output.logits[:, -1].float()
-
-
-def prefill(model, prompts, n):
-    """Run B prompts (token ids) through the model, once for all n responses to each.
-
-    Gives the cache, and for its B x n rows the logits of the next token (B x n, V), the
-    attention mask (B x n, longest prompt) and the last position (B x n, 1).
-    """
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
-    ids = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(ids, batch_first=True, padding_side="left").to(model.device)
-    place = torch.arange(ids.shape[1], device=model.device)
-    mask = (place >= ids.shape[1] - lengths).long()  # from lengths: the padding may be eos
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:  # the layer of a sliding window does not grow
-            cache.layers[i] = GrowingLayer()
-    logits = next_logits(model, cache, ids, mask, positions)
-    cache.batch_repeat_interleave(n)
-    logits, mask = logits.repeat_interleave(n, dim=0), mask.repeat_interleave(n, dim=0)
-    return cache, logits, mask, positions[:, -1:].repeat_interleave(n, dim=0)
-
-
-@torch.no_grad()
-def generate(
-    model, prompts, stop, max_new_tokens, temperature=1.0, n=1, rows=128, sharpen=None,
-    desc=None, streamer=None,
-):
-    """Sample n responses to each prompt: -> (responses, entropy, logprobs).
-
-    Prompts and responses are lists of token ids; a prompt's n responses stand side by side.
-    entropy and logprobs (len(responses), T) are those of the drawn tokens, in nats, under
-    softmax(logits / temperature): each row has its own values first and zeros behind.
-
-    A response ends with the first of the stop ids, which belongs to it, or without one at
-    max_new_tokens (it is truncated). Temperature 0 is greedy, and scored at 1. `sharpen`
-    changes the logits (b, V) that are drawn from, before the temperature, and not what is
-    scored. At most `rows` responses, or n, are sampled at once. A streamer of transformers
-    gets the tokens of a single response as they come.
-    """
-    was_training = model.training
-    model.eval()
-    responses = [[] for _ in range(len(prompts) * n)]
-    entropy = [[] for _ in responses]
-    logprobs = [[] for _ in responses]
-    bar = tqdm(total=len(responses), desc=desc, unit="response", leave=False, delay=5,
-               disable=desc is None)
-    for group in batches([len(p) for p in prompts], math.inf, count=max(1, rows // n)):
-        cache, logits, mask, positions = prefill(model, [prompts[i] for i in group], n)
-        alive = [i * n + k for i in group for k in range(n)]  # the response of each row
-        for t in range(1, max_new_tokens + 1):
-            scores = (logits / (temperature or 1.0)).log_softmax(-1)  # (b, V)
-            values = token_entropy(scores).tolist()
-            if not all(map(math.isfinite, values)):
-                raise FloatingPointError(f"the logits are not finite at token {t}")
-            ids = draw(logits if sharpen is None else sharpen(logits), temperature)  # (b, 1)
-            tokens = ids[:, 0].tolist()
-            drawn = scores.gather(-1, ids)[:, 0].tolist()
-            for i, token, h, logprob in zip(alive, tokens, values, drawn):
-                responses[i].append(token)
-                entropy[i].append(h)
-                logprobs[i].append(logprob)
-            if streamer is not None:
-                streamer.put(ids[:, 0].cpu())
-            # the rows that have ended leave, and the others go on with their part of the cache
-            on = [row for row, token in enumerate(tokens) if token not in stop]
-            bar.set_postfix_str(f"token {t}", refresh=False)
-            bar.update(len(alive) - len(on))
-            if not on or t == max_new_tokens:
-                break
-            if len(on) < len(alive):
-                alive = [alive[row] for row in on]
-                on = torch.tensor(on, device=model.device)
-                cache.batch_select_indices(on)
-                ids, mask, positions = ids[on], mask[on], positions[on]
-            mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
-            logits = next_logits(model, cache, ids, mask, positions)
-    bar.close()
-    if streamer is not None:
-        streamer.end()
-    model.train(was_training)
-    return responses, as_rows(entropy, model.device), as_rows(logprobs, model.device)
-
-
-def draw(logits, temperature):
-    """(b, V) -> (b, 1): the likeliest token at temperature 0, else a drawn one."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    return torch.multinomial((logits / temperature).softmax(-1), 1)
-
-
-def as_rows(lists, device):
-    """Lists of floats -> (rows, T) float32, zeros behind each row's own."""
-    return pad_sequence([torch.tensor(row) for row in lists], batch_first=True).to(device)
-
 
 # --------------------------------------------------------------------------- the evaluation
 
@@ -334,6 +118,63 @@ def graded(
     return samples
 
 
+def evaluate_held_out(step, model, tokenizer, head, problems, args, folder):
+    """Greedy and T = 1 accuracy on the held-out problems: the val_ columns ({} without any).
+
+    They are printed, and the first twelve greedy responses go to samples.jsonl.
+    """
+    if not problems:
+        return {}
+    greedy, sampled = (
+        evaluate(
+            model, tokenizer, head, problems, temperature, args.max_new_tokens,
+            seed=args.seed, rows=args.rollout_batch, desc="held out",
+        )
+        for temperature in (0, 1)
+    )
+    return report.held_out(step, problems, greedy, sampled, folder)
+
+
+def read_samples(folder):
+    """{"DATA DECODER": samples} of an evaluation's folder, those of all shards in the order in
+    which one process would have drawn them. A sample's later line counts."""
+    rows = []
+    for path in sorted(Path(folder).glob("samples*.jsonl")):
+        rows += read_jsonl(path)
+    rows.sort(key=lambda sample: (sample.get("job", 0), sample.get("place", 0)))
+    samples = {}
+    for sample in rows:
+        if "place" not in sample:
+            raise ValueError(f"{folder}: samples of another script; give eval.py's own folder")
+        samples[sample["data"], sample["decoder"], sample["seed"], sample["place"]] = sample
+    if not samples:
+        raise FileNotFoundError(f"{folder}: no samples.jsonl with samples of an evaluation in it")
+    stems = {data: Path(data).stem for data, *_ in samples}
+    results = {}
+    for (data, decoder, *_), sample in samples.items():
+        shared = list(stems.values()).count(stems[data]) > 1
+        name = data if shared else stems[data]
+        results.setdefault(f"{name} {decoder}", []).append(sample)
+    return results
+
+
+def regrade(folder, allow_code):
+    """Grade the samples of a folder again: {"DATA DECODER": samples}. Needs no model."""
+    results = read_samples(folder)
+    for samples in results.values():
+        problems = samples  # they hold the answers; tests can be large, and stay in the data
+        if samples[0]["answer"] is None:
+            data = samples[0]["data"]
+            known = {problem["id"]: problem for problem in load_problems(data)}
+            if missing := [sample["id"] for sample in samples if sample["id"] not in known]:
+                raise ValueError(f"--regrade {folder}: {data} has no problem {missing[0]} any more")
+            problems = [known[sample["id"]] for sample in samples]
+        texts = [sample["response"] for sample in samples]
+        for sample, right in zip(samples, answers.grade(problems, texts, allow_code)):
+            sample["correct"] = right
+    return results
+
+
 def temperature_of(decoder):
     """The temperature of a decoder: 0 for greedy, 1 for sample, T for sample@T."""
     scheme, at, number = decoder.partition("@")
@@ -380,7 +221,7 @@ def main(argv=None):
             first, second = args.compare
             return print(scores.compare(read_samples(first), read_samples(second)))
         if args.regrade:
-            regraded = scores.regrade(args.regrade, args.allow_code_execution)
+            regraded = regrade(args.regrade, args.allow_code_execution)
             return print(scores.table(regraded))
         if args.diagnose:
             args.decode, args.seeds = ["greedy", "sample"], 1

@@ -15,21 +15,24 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 from torch.nn.functional import pad
 from torch.testing import assert_close
+from transformers import AutoTokenizer
 
 import em_ft
 import em_rl
 import entropy
-import eval as ev  # the name of a Python built-in
 from em_inf import AdaptiveTemperature, EMInf, adaptive_temperature, minimize_entropy
 from em_rl import advantage, entropy_weights, reward
+from engine.load import load_model
+from engine.optimizer import MasterAdamW
+from engine.run import read_rows
+from engine.sampler import generate
 from entropy import batches, entropy_and_logprob, k3, output_head, score, score_all, token_entropy
+from tasks.problems import load_problems
 from tests.models import ARCHITECTURES, ROOT, TINY, random_model, rows_of
-from training.optimizer import MasterAdamW
-from training.run import read_rows
 
 cases = pytest.mark.parametrize
-FOUR = ev.AutoTokenizer.from_pretrained(TINY)("4")["input_ids"][0]
-PROBLEMS = {p["prompt"]: p for p in ev.load_problems(str(ROOT / "tiny/train.jsonl"))}
+FOUR = AutoTokenizer.from_pretrained(TINY)("4")["input_ids"][0]
+PROBLEMS = {p["prompt"]: p for p in load_problems(str(ROOT / "tiny/train.jsonl"))}
 
 
 @pytest.fixture(autouse=True)
@@ -478,7 +481,7 @@ def first_step(tmp_path, monkeypatch):
             return step(optimizer, max_norm)
 
         def sample(model, prompts, *args, n, **settings):
-            responses, H, L = ev.generate(model, prompts, *args, n=n, **settings)
+            responses, H, L = generate(model, prompts, *args, n=n, **settings)
             seen.prompts = [prompt for prompt in prompts for _ in range(n)]
             seen.responses, seen.noise = responses, noise * torch.randn(L.shape)
             lengths = torch.tensor([[len(response)] for response in responses])
@@ -493,7 +496,7 @@ def first_step(tmp_path, monkeypatch):
             "--updates 2 --lr 1e-2 --budget 100 --max-new-tokens 28 "
             f"--temperature {temperature} {flags}"
         ).split())
-        model = ev.load_model(TINY, "cpu")[0].double()
+        model = load_model(TINY, "cpu")[0].double()
         rows = zip(seen.prompts, seen.responses)
         with torch.no_grad():
             seen.start = [policy_of(model, *row, temperature) for row in rows]
@@ -504,7 +507,7 @@ def first_step(tmp_path, monkeypatch):
 
 def check_gradients(seen, objective, beta, temperature):
     """Against -sum(objective(i, H, L) - beta KL) / tokens, without padding or batches."""
-    model = ev.load_model(TINY, "cpu")[0].double()
+    model = load_model(TINY, "cpu")[0].double()
     updates = range(6), range(6, 12)
     for weights, got, rows in zip(seen.weights, seen.gradients, updates, strict=True):
         for p, weight in zip(model.parameters(), weights):
@@ -541,9 +544,9 @@ def test_em_rl_gradient_is_plain_ppo_of_rows_alone(
     flags += " --clip 0.1 --checkpointing --rollout-batch 5"
     seen = first_step(em_rl, flags, temperature, noise, stop=(279, FOUR))
     assert any(response[-1] == FOUR for response in seen.responses)
-    tokenizer = ev.load_model(TINY, "cpu")[1]
+    tokenizer = load_model(TINY, "cpu")[1]
     name, _, coef = name.partition(" --entropy-coef ")
-    model = ev.load_model(TINY, "cpu")[0].double()
+    model = load_model(TINY, "cpu")[0].double()
     old, r, clipped = [], torch.zeros(12), []
     for i, (H, L) in enumerate(seen.start):
         old.append(L + seen.noise[i, : len(L)])
@@ -593,7 +596,7 @@ def test_sft_gradient_is_that_of_transformers_loss(first_step, tmp_path):
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, some)))
     flags = "--loss sft --updates 1 --rollouts 1 --prompts 12 --data"
     seen = first_step(em_ft, f"{flags} {tmp_path}/some.jsonl")
-    model, tokenizer = ev.load_model(TINY, "cpu")
+    model, tokenizer = load_model(TINY, "cpu")
     total, num_tokens = 0.0, 0
     for problem in some:
         prompt = tokenizer(problem["prompt"] + "\n")["input_ids"]

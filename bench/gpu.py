@@ -40,14 +40,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of bench/, whose entropy.py and em_inf.py would be imported
 import em_ft  # noqa: E402
 import em_rl  # noqa: E402
-import eval as ev  # noqa: E402
 from bench import rollouts  # noqa: E402
 from bench.entropy import high_water, make_inputs, step  # noqa: E402
 from em_inf import EMInf  # noqa: E402
+from engine import run  # noqa: E402
+from engine import sampler as our_sampler  # noqa: E402
+from engine.arguments import Help, comma_list, positive  # noqa: E402
+from engine.files import replace_file  # noqa: E402
+from engine.load import load_model, set_up  # noqa: E402
 from entropy import entropy_and_logprob, token_entropy  # noqa: E402
-from tasks.arguments import Help, comma_list, positive  # noqa: E402
-from tasks.files import replace_file  # noqa: E402
-from training import run, vllm_rollouts  # noqa: E402
+from scale import vllm_rollouts  # noqa: E402
+from tasks.problems import load_problems  # noqa: E402
+from tasks.prompts import encode_problem  # noqa: E402
 
 TRAIN, TOKENIZER = str(ROOT / "tiny/train.jsonl"), ROOT / "tiny/base"
 SIZES = dict(
@@ -127,7 +131,7 @@ def of_peak(speed, peak, device):
 
 def random_model(sizes):
     """The 7B model in eval mode, made on the device itself."""
-    ev.set_up(sizes["device"])
+    set_up(sizes["device"])
     torch.manual_seed(0)
     config = AutoConfig.for_model("qwen2", **sizes["model"])
     with torch.device(sizes["device"]):
@@ -138,7 +142,7 @@ def random_model(sizes):
 def some_prompts(count):
     """Token ids of the first `count` training problems."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    return [ev.encode_problem(tokenizer, problem) for problem in ev.load_problems(TRAIN)[:count]]
+    return [encode_problem(tokenizer, problem) for problem in load_problems(TRAIN)[:count]]
 
 
 # --------------------------------------------------------------------------------- parts
@@ -181,10 +185,10 @@ def em_inf(sizes, folder):
     device, rows, length = sizes["device"], sizes["rows"][0], sizes["sampled"]
     model, prompts = random_model(sizes), some_prompts(rows)
     sharpener, seconds = EMInf(), {}
-    for owner, name in (sharpener, "sharpen"), (ev, "prefill"), (ev, "generate"):
+    for owner, name in (sharpener, "sharpen"), (our_sampler, "prefill"), (our_sampler, "generate"):
         clock(owner, name, device, seconds)
     for tokens in 4, length:  # the first time warms up
-        ev.generate(model, prompts, [], tokens, rows=rows, sharpen=sharpener.sharpen)
+        our_sampler.generate(model, prompts, [], tokens, rows=rows, sharpen=sharpener.sharpen)
     sharpening = 1e3 * sum(seconds["sharpen"][4:]) / length
     decoding = 1e3 * (seconds["generate"][1] - seconds["prefill"][1]) / length
     changed = sharpener.changed / sharpener.rows
@@ -199,7 +203,7 @@ def sampler(sizes, folder):
     model, tokenizer = random_model(sizes), AutoTokenizer.from_pretrained(TOKENIZER)
     for rows in sizes["rows"]:
         prompts, end = some_prompts(rows // 4), [sizes["model"]["vocab_size"]]  # none draws it
-        for name, layer in ("ours", ev.GrowingLayer), ("model.generate", None):
+        for name, layer in ("ours", our_sampler.GrowingLayer), ("model.generate", None):
             draw = functools.partial(rollouts.sample, layer, model, tokenizer, prompts, end)
             draw(4)  # warms up
             seconds = seconds_of(functools.partial(draw, length), device)
@@ -210,7 +214,7 @@ def sampler(sizes, folder):
 def vllm(sizes, folder):
     """Tokens/s of vLLM as `--sampler vllm` uses it: its falling asleep afterwards counts"""
     dtype, length, speeds = getattr(torch, sizes["dtype"]), sizes["sampled"], {}
-    model, _ = ev.load_model(folder / "model", sizes["device"], dtype)
+    model, _ = load_model(folder / "model", sizes["device"], dtype)
     engine = vllm_rollouts.start(str(folder / "model"), dtype, longest=512, share=0.5)
     for rows in sizes["rows"]:
         sample = functools.partial(vllm_rollouts.sample, engine, some_prompts(rows // 4), [])

@@ -17,15 +17,19 @@ from transformers.cache_utils import DynamicLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of bench/, whose entropy.py eval.py would import
-import eval as ev  # noqa: E402
+from engine import sampler  # noqa: E402
+from engine.load import load_model  # noqa: E402
+from engine.sampler import GrowingLayer  # noqa: E402
+from tasks.problems import load_problems  # noqa: E402
+from tasks.prompts import encode_problem, stop_ids  # noqa: E402
 
-LAYERS = {"ours": ev.GrowingLayer, "DynamicLayer": DynamicLayer, "model.generate": None}
+LAYERS = {"ours": GrowingLayer, "DynamicLayer": DynamicLayer, "model.generate": None}
 
 
 def sample(layer, model, tokenizer, prompts, stop, length):
     if layer:
-        ev.GrowingLayer = layer
-        return ev.generate(model, prompts, stop, length, n=4, rows=256)
+        sampler.GrowingLayer = layer
+        return sampler.generate(model, prompts, stop, length, n=4, rows=256)
     inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     model.generate(
         **inputs.to(model.device), do_sample=True, top_k=0, max_new_tokens=length,
@@ -51,11 +55,11 @@ def main():
     parser.add_argument("--model", default=str(ROOT / "tiny/base"))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    model, tokenizer = ev.load_model(args.model, "cpu")
+    model, tokenizer = load_model(args.model, "cpu")
     torch.set_num_threads(1)
-    problems = ev.load_problems(str(ROOT / "tiny/train.jsonl"))[:64]
-    prompts = [ev.encode_problem(tokenizer, problem) for problem in problems]
-    compare(args.rounds, model, tokenizer, prompts, ev.stop_ids(model, tokenizer), 64)
+    problems = load_problems(str(ROOT / "tiny/train.jsonl"))[:64]
+    prompts = [encode_problem(tokenizer, problem) for problem in problems]
+    compare(args.rounds, model, tokenizer, prompts, stop_ids(model, tokenizer), 64)
     compare(args.rounds, model, tokenizer, prompts[:16], [len(tokenizer)], 1024)
 
 

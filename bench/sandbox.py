@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks.arguments import Help, positive_int  # noqa: E402
+from engine.arguments import Help, positive_int
 from tasks.sandbox import grade, has_namespaces  # noqa: E402
 
 PROGRAM = """

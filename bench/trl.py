@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of bench/, where this file is the "trl" to import
 from trl import RLOOConfig, RLOOTrainer  # noqa: E402
 
+from engine.run import read_rows, write_rows  # noqa: E402
 from entropy import output_head, score_all  # noqa: E402
 from tasks.problems import load_problems  # noqa: E402
-from training.run import read_rows, write_rows  # noqa: E402
 
 
 def train_with_trl(args):

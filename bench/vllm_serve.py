@@ -21,8 +21,11 @@ from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of bench/, whose em_inf.py would be imported
-from eval import AutoTokenizer, encode_problem, load_problems  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
 from tasks.answers import grade  # noqa: E402
+from tasks.problems import load_problems  # noqa: E402
+from tasks.prompts import encode_problem  # noqa: E402
 
 PLAIN, OURS = 8765, 8766  # ports
 DELTAS = [None, 0.1, 0.3, 0.5]  # None: no EM-INF

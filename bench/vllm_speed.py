@@ -15,8 +15,11 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of bench/, whose em_inf.py would be imported
-from eval import AutoTokenizer, encode_problem, load_problems  # noqa: E402
-from training import vllm_rollouts  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
+from scale import vllm_rollouts  # noqa: E402
+from tasks.problems import load_problems  # noqa: E402
+from tasks.prompts import encode_problem  # noqa: E402
 
 MANY = [{"em_inf": {"delta": 0.005 * i}} if i % 2 else None for i in range(64)]
 CASES = {  # the settings that requests have in turn

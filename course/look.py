@@ -20,12 +20,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from em_inf import LEVELS, TINY, EMInf
+from engine.arguments import Help, positive, positive_int, whole_number
+from engine.files import read_config
+from engine.load import load_model, set_up
+from engine.run import checkpoint_of, read_rows
+from engine.sampler import generate
 from entropy import output_head, score_all, token_entropy
-from eval import generate, load_model, load_problems, set_up
-from tasks.arguments import Help, positive, positive_int, whole_number
-from tasks.files import read_config
+from tasks.problems import load_problems
 from tasks.prompts import encode_problem, stop_ids
-from training.run import checkpoint_of, read_rows
 
 
 def visible(text):

@@ -24,8 +24,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks.arguments import Help, nonnegative, positive_int, whole_number
-from tasks.files import replace_file
+from engine.arguments import Help, nonnegative, positive_int, whole_number
+from engine.files import replace_file
 
 ASK = "Answer with the number in \\boxed{}."
 NAMES = "Mia Noah Lena Omar Ruth Ivan Yuki Paul Ana Karl".split()

@@ -52,21 +52,21 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from em_rl import REWARDS, TINY, advantage, entropy_weights, reward
-from entropy import batches, k3, output_head
-from eval import (
+from engine import report, run
+from engine.arguments import (
     Help,
     growth,
-    load_model,
-    load_problems,
     nonnegative,
     number_or_exact,
     positive,
     positive_int,
-    set_up,
-    stop_ids,
     two_or_more,
     whole_number,
 )
+from engine.guard import collapsed
+from engine.load import load_model, set_up
+from entropy import batches, k3, output_head
+from scale import vllm_rollouts
 from scale.shards import (
     agree,
     collect,
@@ -90,8 +90,8 @@ from scale.shards import (
     use_own_gpu,
     whole_weights,
 )
-from tasks.problems import hub_says, reach_hub
-from training import report, run, vllm_rollouts
+from tasks.problems import hub_says, load_problems, reach_hub
+from tasks.prompts import stop_ids
 
 NAME = Path(__file__).name
 
@@ -153,7 +153,7 @@ def read(argv, world):
     add("--guard", type=growth, default=4.0, metavar="X", help="stop when length or entropy has "
         "grown X-fold, or the run has collapsed otherwise; 0: never")
     add("--sampler", choices=["own", "vllm"], default="own", help="what draws the responses; vllm: "
-        "see training/vllm_rollouts.py")
+        "see scale/vllm_rollouts.py")
     add("--vllm-memory", type=positive, default=0.4, metavar="X", help="vLLM's share of the GPU's "
         "memory while it samples")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
@@ -372,7 +372,7 @@ def main(argv=None):
         row["flops"] = flops * int(sums["processed"])
 
         # evaluate, and let the guard look
-        collapse = run.collapsed(history + [row], args.guard)
+        collapse = collapsed(history + [row], args.guard)
         last = step == args.steps or collapse is not None
         if last or step % args.eval_every == 0:
             with rank_0_leads():

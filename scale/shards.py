@@ -31,9 +31,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM
 
+from engine import report, run
+from engine.sampler import generate
 from entropy import score, score_all
-from eval import evaluate, generate
-from training import run
+from eval import evaluate
 
 LONGEST_WAIT = datetime.timedelta(hours=2)  # of one process for another: loading, rollouts
 
@@ -236,7 +237,7 @@ def collect(model, whole):
 
 
 def evaluate_held_out(step, model, tokenizer, problems, args, folder):
-    """run.evaluate_held_out, each process with a share of the problems (a collective)."""
+    """eval.evaluate_held_out, each process with a share of the problems (a collective)."""
     if not problems:
         return {}
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -254,7 +255,7 @@ def evaluate_held_out(step, model, tokenizer, problems, args, folder):
     row = None
     with rank_0_leads():
         if rank == 0:
-            row = run.report_held_out(step, problems, *merged, folder)
+            row = report.held_out(step, problems, *merged, folder)
     return share(row)
 
 

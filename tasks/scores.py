@@ -6,9 +6,7 @@ import math
 
 import numpy as np
 
-from tasks.answers import grade, last_box, most_agreed
-from tasks.files import read_samples
-from tasks.problems import load_problems
+from tasks.answers import last_box, most_agreed
 
 CONFIDENCE = {  # em_rl.py's rewards, as means over tokens: (a sample's key, its sign)
     "token": ("entropy", -1),
@@ -218,23 +216,6 @@ def compare(a, b):
             f"A has {', '.join(a)}, and B has {', '.join(b)}"
         )
     return "\n".join(lines)
-
-
-def regrade(folder, allow_code):
-    """Grade the samples of a folder again: {"DATA DECODER": samples}. Needs no model."""
-    results = read_samples(folder)
-    for samples in results.values():
-        problems = samples  # they hold the answers; tests can be large, and stay in the data
-        if samples[0]["answer"] is None:
-            data = samples[0]["data"]
-            known = {problem["id"]: problem for problem in load_problems(data)}
-            if missing := [sample["id"] for sample in samples if sample["id"] not in known]:
-                raise ValueError(f"--regrade {folder}: {data} has no problem {missing[0]} any more")
-            problems = [known[sample["id"]] for sample in samples]
-        texts = [sample["response"] for sample in samples]
-        for sample, right in zip(samples, grade(problems, texts, allow_code)):
-            sample["correct"] = right
-    return results
 
 
 def reliability_plot(results, path):

@@ -18,10 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from eval import load_model, read_jsonl, scores
+from engine import report
+from engine.files import read_jsonl
+from engine.load import load_model
+from engine.run import read_rows
+from eval import scores
 from tests.models import TINY
-from training import report
-from training.run import read_rows
 
 EVAL = "--device cpu --limit 8 --max-new-tokens 8 --rollout-batch 4 --out "
 TRAIN = "--device cpu --data-size 8 --val-size 4 --prompts 2 --max-new-tokens 8 --steps 9 "

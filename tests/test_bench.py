@@ -4,9 +4,8 @@ import json
 import pytest
 
 import em_rl
-import eval as ev
 from bench import gpu
-from training import run
+from engine import run, sampler
 
 OPTIONAL = {"lora": "peft", "vllm": "vllm"}  # the package that a part needs
 
@@ -14,7 +13,8 @@ OPTIONAL = {"lora": "peft", "vllm": "vllm"}  # the package that a part needs
 @pytest.fixture
 def clocks_end(monkeypatch):
     """A part puts clocks on functions and never takes them off, since its process ends."""
-    owners = [(run, "save_model"), (em_rl.MasterAdamW, "step"), (ev, "generate"), (ev, "prefill")]
+    owners = [(run, "save_model"), (em_rl.MasterAdamW, "step")]
+    owners += [(sampler, "generate"), (sampler, "prefill")]
     for script in em_rl, gpu.em_ft:
         owners += [(script, "generate"), (script, "score_all")]
     for owner, name in owners:

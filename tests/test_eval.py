@@ -9,11 +9,17 @@ from collections import Counter
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 import em_inf
 import eval as ev
+from engine.files import fresh_folder
+from engine.load import load_model, set_up
+from engine.sampler import GrowingLayer, generate
 from entropy import output_head, score_all
-from tasks.files import fresh_folder, read_samples
+from eval import read_samples
+from tasks.answers import votes
+from tasks.problems import load_problems
 from tasks.prompts import SYSTEM, encode_prompt, stop_ids
 from tests.models import ARCHITECTURES, ROOT, TINY, random_model, rows_of
 
@@ -47,14 +53,14 @@ def test_tokens_are_transformers_and_scores_the_trainers(kind, settings, monkeyp
     head, em = output_head(model, prompts[0]), em_inf.EMInf()
     for how in ([279], 24, 0), (STOPS, 24, 0.7, em):
         sharpen = em.sharpen if em in how else None
-        together, *ours = ev.generate(model.train(), prompts, *how[:3], sharpen=sharpen)
+        together, *ours = generate(model.train(), prompts, *how[:3], sharpen=sharpen)
         assert model.training and together == reference(model.eval(), prompts, *how)
         for prompt, response in zip(prompts, together):
-            alone = ev.generate(model, [prompt], *how[:3], n=2, sharpen=sharpen)[0]
+            alone = generate(model, [prompt], *how[:3], n=2, sharpen=sharpen)[0]
             assert alone == [response] * 2
         scored = score_all(model, head, prompts, together, how[2] or 1.0)
         torch.testing.assert_close(ours, list(scored[:2]), atol=1e-5, rtol=0)
-    assert together != ev.generate(model, prompts, *how[:3])[0]
+    assert together != generate(model, prompts, *how[:3])[0]
 
 
 def p_value(first, second):
@@ -70,8 +76,8 @@ def test_samples_have_transformers_distribution_whatever_the_checkpoint_says():
     torch.manual_seed(0)
     theirs = reference(model, [p for p in prompts for _ in range(2048)], [3], 3, 1.0)
     vars(model.generation_config).update(top_k=1, temperature=0.1, repetition_penalty=3.0)
-    ours = ev.generate(model, prompts, [3], 3, n=2048, rows=4096)[0]
-    cold = ev.generate(model, prompts, [3], 3, 0.7, n=2048)[0]
+    ours = generate(model, prompts, [3], 3, n=2048, rows=4096)[0]
+    cold = generate(model, prompts, [3], 3, 0.7, n=2048)[0]
     for outcome in tuple, len, lambda response: response[-1] == 3:
         a, b, c = [[(i // 2048, outcome(r)) for i, r in enumerate(x)] for x in (theirs, ours, cold)]
         assert p_value(a, b) > 1e-3 > p_value(a, c)
@@ -80,25 +86,25 @@ def test_samples_have_transformers_distribution_whatever_the_checkpoint_says():
 def test_a_prompt_is_run_once_and_ended_rows_leave():
     model, prompts, shapes = random_model("qwen2"), rows_of(9, 4, 6), []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, x: shapes.append([*x[0].shape]))
-    responses = ev.generate(model, prompts, STOPS, 20, n=8)[0]
+    responses = generate(model, prompts, STOPS, 20, n=8)[0]
     alive = [sum(len(response) > t for response in responses) for t in range(1, 20)]
     assert shapes == [[3, 9]] + [[rows, 1] for rows in alive] and alive[-1] > 0
     for *others, last in responses:
         assert (last in STOPS or len(others) == 19) and not set(others) & set(STOPS)
     shapes.clear()
-    ev.generate(model, prompts, STOPS, 20, n=8, rows=17)
+    generate(model, prompts, STOPS, 20, n=8, rows=17)
     assert [shape for shape in shapes if shape[1] > 1] == [[2, 9], [1, 4]]
 
 
 def test_every_script_does_without_the_attention_that_plans_each_length_anew():
     """Guards against cuDNN's: 64 rows at 7B took 56 ms a token on an H200, and 28 without."""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    ev.set_up("cpu")
+    set_up("cpu")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_growing_layer_holds_what_transformers_layer_holds():
-    ours, theirs, rows = ev.GrowingLayer(), ev.DynamicLayer(), 2
+    ours, theirs, rows = GrowingLayer(), DynamicLayer(), 2
     for t in range(290):
         new = torch.randn(2, rows, 2, 1, 4)
         for a, b in zip(ours.update(*new), theirs.update(*new)):
@@ -112,7 +118,7 @@ def test_a_growing_layer_holds_what_transformers_layer_holds():
 
 
 def test_a_prompt_is_in_its_template_and_a_turn_ends_with_its_token(tiny):
-    model, tokenizer = tiny[0], ev.load_model(TINY, "cpu")[1]
+    model, tokenizer = tiny[0], load_model(TINY, "cpu")[1]
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
     turns = "{% for m in messages %}[{{m.role}}]{{m.content}}<|end|>{% endfor %}"
     no_system = "{{ raise_exception('system') if messages[0].role == 'system' }}"
@@ -133,12 +139,12 @@ def test_decoders_spend_what_they_say(decoder, drafts, tiny, monkeypatch):
     calls = []
 
     def record(model, prompts, *args, n=1, **settings):
-        result = ev.generate(model, prompts, *args, n=n, **settings)
+        result = generate(model, prompts, *args, n=n, **settings)
         calls.append((n, prompts, result[0]))
         return result
 
     monkeypatch.setattr(em_inf, "generate", record)
-    problems = [p for p in ev.load_problems(DATA)[:3] for _ in range(2)]
+    problems = [p for p in load_problems(DATA)[:3] for _ in range(2)]
     head, state = output_head(model, [1, 2]), torch.get_rng_state()
     samples = em_inf.decode_and_grade(model, tokenizer, head, problems, decoder, 24)
     tokens = sum(n * len(sum(p, [])) + len(sum(r, [])) for n, p, r in calls)
@@ -146,8 +152,8 @@ def test_decoders_spend_what_they_say(decoder, drafts, tiny, monkeypatch):
     assert sum(s["flops"] for s in samples) == 2 * model.num_parameters() * tokens
     n, prompts, responses = calls[-1]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    votes = ev.votes(texts[:n])
-    assert samples[0]["response"] == texts[votes.index(max(votes))]
+    counts = votes(texts[:n])
+    assert samples[0]["response"] == texts[counts.index(max(counts))]
     if n < len(calls):
         earlier = tokenizer.decode(calls[-2][2][0], skip_special_tokens=True)
         assert earlier in tokenizer.decode(prompts[0])
@@ -310,12 +316,12 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(write, room, tmp_path, m
     assert found(tmp_path / "full") == found(room / "whole")
 
 
-ROOMS = "tasks entropy eval training em_inf em_ft em_rl".split()
+ROOMS = "tasks entropy engine eval em_inf em_ft em_rl".split()
 
 
 def test_imports_go_one_way_and_one_process_is_known():
     graph = {}
-    for path in [*ROOT.glob("e*.py"), *ROOT.glob("tasks/*.py"), *ROOT.glob("training/*.py")]:
+    for path in [*ROOT.glob("e*.py"), *ROOT.glob("tasks/*.py"), *ROOT.glob("engine/*.py")]:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         own, text = module.partition(".")[0], path.read_text()
         tree, graph[module] = ast.parse(text), set()
@@ -329,4 +335,5 @@ def test_imports_go_one_way_and_one_process_is_known():
                     graph[module] |= {source} | {f"{source}.{name}" for name in names}
     graphlib.TopologicalSorter(graph).prepare()
     assert not graph["entropy"]
-    assert {name.partition(".")[0] for name in graph["em_rl"]} == {"entropy", "eval", "training"}
+    rooms = {name.partition(".")[0] for name in graph["em_rl"]}
+    assert rooms == {"entropy", "eval", "engine", "tasks"}

@@ -15,10 +15,11 @@ sys.path.insert(0, str(ROOT / "course"))
 import look
 
 import em_inf
+from engine.run import write_rows
+from engine.sampler import generate
 from entropy import output_head, score_all
-from eval import generate, load_problems
+from tasks.problems import load_problems
 from tasks.prompts import encode_prompt, stop_ids
-from training.run import write_rows
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 NASTY = '<script>alert("a")</script>\n  żółw & 🐢 \x00\u202e${0}</p>'

@@ -23,10 +23,11 @@ from transformers import AutoTokenizer
 
 import em_ft
 import em_rl
-from eval import load_model
+from engine import report, run
+from engine.guard import collapsed
+from engine.load import load_model
+from engine.optimizer import MasterAdamW
 from tests.models import ROOT, TINY, random_model
-from training import report, run
-from training.optimizer import MasterAdamW
 
 FLAGS = (
     "--device cpu --data-size 32 --prompts 4 --val-size 4 --max-new-tokens 8 --steps 4 "
@@ -204,7 +205,7 @@ def test_em_rl_runs_on_architecture(kind):
 
 
 def test_the_guard_ends_a_run_as_its_last_step_does(monkeypatch):
-    monkeypatch.setattr(run, "collapsed", lambda rows, _: "why" if len(rows) == 4 else None)
+    monkeypatch.setattr(em_rl, "collapsed", lambda rows, _: "why" if len(rows) == 4 else None)
     train("--out new")
     assert saved_step("new") == 3 and Path("new/result.json").exists()
     assert "val_greedy" in metrics("new")[3]
@@ -214,7 +215,7 @@ def test_guard_sees_collapse_and_leaves_a_healthy_run_alone():
     def verdict(factor=4, **change):
         healthy = {"length": 20.0, "entropy": 0.2, "truncated": 0.0}
         rows = [healthy] * 3 + [healthy | change] * 3
-        return run.collapsed([{"step": i} | row for i, row in enumerate(rows, 1)], factor)
+        return collapsed([{"step": i} | row for i, row in enumerate(rows, 1)], factor)
 
     assert verdict(length=34) is verdict(length=120, factor=0) is None
     assert "120.0 tokens" in verdict(length=120)

@@ -28,11 +28,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import em_rl
 import eval
+from engine import report, run
+from engine.load import load_model
 from entropy import output_head, score
-from eval import load_model
 from scale import em_rl_fsdp, shards
 from tests.models import ROOT, TINY, random_model, rows_of
-from training import report, run
 
 FLAGS = (
     "--device cpu --data-size 64 --prompts 8 --val-size 3 --max-new-tokens 20 --steps 5 "

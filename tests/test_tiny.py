@@ -12,13 +12,14 @@ from transformers import AutoTokenizer
 from tasks.answers import is_correct, last_box
 from tests.models import ROOT
 
-sys.path.insert(0, str(ROOT / "tiny"))
+sys.path.insert(0, str(ROOT / "findings"))
 import figures
-import findings
 import jobs
 import measure
-import prepare
 import report
+
+import findings
+from tiny import prepare
 
 
 def test_the_shipped_problems_are_those_that_prepare_makes():
@@ -142,7 +143,7 @@ def test_a_job_that_fails_is_named_and_stops_what_waits(tmp_path):
 
 
 def test_two_processes_do_not_do_the_same_jobs(tmp_path):
-    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from tasks.files import lock; "
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from engine.files import lock; "
     code += f"held = lock({str(tmp_path)!r}); print('held', flush=True); time.sleep(100)"
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
@@ -259,19 +260,19 @@ def test_numbers_are_put_where_a_text_wants_them():
 
 
 def test_the_texts_say_what_the_csv_says():
-    found = report.read_csv(ROOT / "tiny/findings.csv")
-    for name, count in ("tiny/findings.md", 30), ("README.md", 12), ("course/README.md", 0):
+    found = report.read_csv(ROOT / "findings/findings.csv")
+    for name, count in ("findings/findings.md", 30), ("README.md", 12), ("course/README.md", 0):
         text = (ROOT / name).read_text()
         assert report.fill(text, found) == text, name
         marks = re.findall(r"<!-- \w+: (\w+)|<!--(\w+)\|", text)
         assert len(marks) >= count, name
         assert {first or second for first, second in marks} <= {key[0] for key in found}, name
-    text = (ROOT / "tiny/findings.md").read_text()
+    text = (ROOT / "findings/findings.md").read_text()
     assert "-dirty" not in text and "not measured" not in text
 
 
 def test_the_figures_can_be_drawn(tmp_path):
-    found = report.read_csv(ROOT / "tiny/findings.csv")
+    found = report.read_csv(ROOT / "findings/findings.csv")
     rows = [{"step": 0, "val_greedy": 0.5}, {"step": 10, "val_greedy": 0.7}]
     curves = {name: [rows, rows] for name in ("token", "token, fast", "random", "random, fast")}
     figures.draw_all(found, curves, tmp_path)
@@ -279,7 +280,7 @@ def test_the_figures_can_be_drawn(tmp_path):
     assert {path.name for path in pictures} == {path.name for path in tmp_path.iterdir()}
     for picture in pictures:
         assert (tmp_path / picture.name).stat().st_size > 10_000
-        assert picture.name in Path(ROOT / "tiny/findings.md").read_text()
+        assert picture.name in Path(ROOT / "findings/findings.md").read_text()
 
 
 def test_no_number_in_readme_s_findings_is_without_its_source():

@@ -22,11 +22,13 @@ from vllm.v1.sample.logits_processor import BatchUpdateBuilder, MoveDirectionali
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 
 from em_inf import adaptive_temperature, minimize_entropy
+from engine import run
+from engine.sampler import generate
 from entropy import output_head, score_all
-from eval import generate, load_problems
+from scale import vllm_rollouts
 from scale.em_inf_vllm import EMInfVLLM
+from tasks.problems import load_problems
 from tasks.prompts import encode_problem, stop_ids
-from training import run, vllm_rollouts
 
 ASKED = [  # what a request may ask for, and the same by hand
     (None, None),

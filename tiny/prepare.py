@@ -52,8 +52,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks.arguments import Help, nonnegative, positive, positive_int, whole_number
-from tasks.files import replace_file
+from engine.arguments import Help, nonnegative, positive, positive_int, whole_number
+from engine.files import replace_file
 
 HERE = Path(__file__).resolve().parent
 TRAIN, TEST = 4096, 512  # problems

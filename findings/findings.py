@@ -2,17 +2,17 @@
 What the README says about the tiny model, measured: the paper's tables in miniature, what its
 readers still asked for, and where entropy minimisation goes wrong.
 
-    python tiny/findings.py                     # 3 seeds: an hour and a half on 2 CPU cores
-    python tiny/findings.py --quick             # all in little, with one seed
-    python tiny/findings.py --only training,kl  # some of the experiments
+    python findings/findings.py                     # 3 seeds: an hour and a half on 2 CPU cores
+    python findings/findings.py --quick             # all in little, with one seed
+    python findings/findings.py --only training,kl  # some of the experiments
 
 Runs em_rl.py, em_ft.py, prepare.py and measurements of its own, as many at a time as there are
 cores. All of it goes to runs/findings/ (--quick: runs/findings-quick/), and what is there is
 not made again: after Ctrl-C the same command goes on. Remove the folder to start afresh, say
 after a change of tiny/base.
 
-At the end it writes each seed's numbers to tiny/findings.csv, figures to assets/, and puts the
-numbers into tiny/findings.md, README.md and course/README.md, whose comments say which number
+At the end it writes each seed's numbers to findings/findings.csv, figures to assets/, and puts the
+numbers into findings/findings.md, README.md and course/README.md, whose comments say which number
 belongs where. With --quick or --only the first three go to the folder of the runs, and the
 committed files stay as they are.
 """
@@ -30,10 +30,10 @@ from measure import examples, of_run
 from report import DELTAS, fill, made_by, read_csv, sign_of_gains, write_csv
 
 from em_inf import DECODERS, SHARPENERS
-from tasks.arguments import Help, comma_list, positive_int
-from tasks.files import replace_file
+from engine.arguments import Help, comma_list, positive_int
+from engine.files import replace_file
+from engine.run import read_rows
 from tasks.scores import CONFIDENCE
-from training.run import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = dict(seeds=3, problems=512, steps=40, zoo_steps=100, habits=1500, school=1, batches=1000)
@@ -144,7 +144,7 @@ def plan(settings, folder):
 
     def ask(name, *after, **spec):
         spec["problems"] = settings["problems"]
-        command = ["tiny/measure.py", json.dumps(spec)]
+        command = ["findings/measure.py", json.dumps(spec)]
         return job(f"{name}.json", "", *after)._replace(command=command)
 
     def trained_and_asked(name, world, methods, experiment):
@@ -219,7 +219,7 @@ def plan(settings, folder):
         asked = ask(f"misaligned {seed}", world, **spec, families={"misaligned": {}})
         yield "threshold", "misaligned", asked, "misaligned"
     for norm in "sum", "mean":
-        flags = f"tiny/variance.py --norm {norm} --batches {settings['batches']}"
+        flags = f"findings/variance.py --norm {norm} --batches {settings['batches']}"
         variance = job(f"variance {norm}.json", flags)
         for estimator in ESTIMATORS:
             yield "variance", f"{estimator}, {norm}", variance, estimator
@@ -279,7 +279,7 @@ def main():
             curves.setdefault(setting, []).append(read_rows(job.out / "metrics.csv"))
         elif part == "run" and setting in ("EM-FT", "EM-RL token", "RLOO"):
             models.setdefault(setting, job.out / "checkpoint")  # of the first seed
-    command = " ".join(["python tiny/findings.py", *sys.argv[1:]])
+    command = " ".join(["python findings/findings.py", *sys.argv[1:]])
     texts = {
         "made by": made_by(command, settings["seeds"], seconds / 60),
         "examples": examples(models),
@@ -288,7 +288,7 @@ def main():
     tables, pictures = (Path("tiny"), Path("assets")) if shipped else (folder, folder)
     write_csv(tables / "findings.csv", found)
     found = read_csv(tables / "findings.csv")  # rounded, and the texts must agree with it
-    report = fill(Path("tiny/findings.md").read_text(), found, texts)
+    report = fill(Path("findings/findings.md").read_text(), found, texts)
     replace_file(tables / "findings.md", report)
     draw_all(found, curves, pictures)
     if shipped:

@@ -1,7 +1,7 @@
 """
 How noisy is the gradient of an EM-RL reward? The same 16 prompts are sampled many times.
 
-    python tiny/variance.py --norm sum --batches 2000
+    python findings/variance.py --norm sum --batches 2000
 
 With --norm sum the sequence reward has the expected gradient of the token reward and the entropy's
 own together ("token + exact", see `em_rl.entropy_weights`). The latter should vary less, since it
@@ -23,12 +23,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from em_rl import advantage, entropy_weights, reward
+from engine.arguments import Help, two_or_more, whole_number
+from engine.files import replace_file
+from engine.load import load_model
+from engine.sampler import generate
 from entropy import output_head, score
-from eval import encode_problem, generate, load_model, load_problems, stop_ids
-from tasks.arguments import Help, two_or_more, whole_number
-from tasks.files import replace_file
+from tasks.problems import load_problems
+from tasks.prompts import encode_problem, stop_ids
 
-HERE, N = Path(__file__).resolve().parent, 4  # responses to each of 16 prompts
+ROOT, N = Path(__file__).resolve().parent.parent, 4  # responses to each of 16 prompts
 
 
 def estimates(model, head, prompts, stop, norm):
@@ -60,8 +63,8 @@ def main(argv=None):
     add("--seed", type=whole_number, default=0, help="of the responses")
     add("--out", type=Path, metavar="FILE", help="write the table's numbers there, as JSON")
     args = parser.parse_args(argv)
-    model, tokenizer = load_model(HERE / "base", "cpu")
-    problems = load_problems(HERE / "train.jsonl")[:16]
+    model, tokenizer = load_model(ROOT / "tiny/base", "cpu")
+    problems = load_problems(ROOT / "tiny/train.jsonl")[:16]
     prompts = [encode_problem(tokenizer, problem) for problem in problems]
     head, stop = output_head(model, prompts[0]), stop_ids(model, tokenizer)
     torch.manual_seed(args.seed)

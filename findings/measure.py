@@ -1,9 +1,10 @@
 """
 Measurements of a model of the tiny world, for findings.py, which says what to measure in JSON.
 
-    python tiny/measure.py '{"model": "tiny/base", "seed": 1, "n": 8}' --out answers.json
-    python tiny/measure.py '{"model": "tiny/base", "seed": 1, "decoders": {"greedy": ["greedy", {}],
-        "δ = 0.1": ["em-inf", {"delta": 0.1}]}, "families": {"long": {"lengths": [6]}}}' --out ...
+    python findings/measure.py '{"model": "tiny/base", "seed": 1, "n": 8}' --out answers.json
+    python findings/measure.py --out answers.json '{"model": "tiny/base", "seed": 1,
+        "decoders": {"greedy": ["greedy", {}], "δ = 0.1": ["em-inf", {"delta": 0.1}]},
+        "families": {"long": {"lengths": [6]}}}'
 
 "n" asks for greedy answers and n at T = 1 to each of the first "problems" in "data". With
 "decoders" each of them answers: {name: [decoder, settings of EM-INF]}; with "families", too,
@@ -19,17 +20,19 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from prepare import chain, problem_of
-
 from em_inf import AdaptiveTemperature, EMInf, decode_and_grade
+from engine.arguments import Help
+from engine.files import replace_file
+from engine.guard import collapsed
+from engine.load import load_model
+from engine.sampler import generate
 from entropy import output_head
-from eval import evaluate, generate, is_correct, load_model, load_problems
-from tasks.answers import last_box
-from tasks.arguments import Help
-from tasks.files import replace_file
+from eval import evaluate
+from tasks.answers import is_correct, last_box
+from tasks.problems import load_problems
 from tasks.prompts import encode_prompt, stop_ids
 from tasks.scores import CONFIDENCE, by_problem, diagnosis, summary
-from training.run import collapsed
+from tiny.prepare import chain, problem_of
 
 VERDICTS = {"likely helps": 1, "too close to call": 0, "harms": -1}
 

@@ -81,26 +81,3 @@ def read_config(folder, script=None):
     if script not in (None, writer):
         raise ValueError(f"{folder}: a run of {writer}, not of {script}")
     return config
-
-
-def read_samples(folder):
-    """{"DATA DECODER": samples} of an evaluation's folder, those of all shards in the order in
-    which one process would have drawn them. A sample's later line counts."""
-    rows = []
-    for path in sorted(Path(folder).glob("samples*.jsonl")):
-        rows += read_jsonl(path)
-    rows.sort(key=lambda sample: (sample.get("job", 0), sample.get("place", 0)))
-    samples = {}
-    for sample in rows:
-        if "place" not in sample:
-            raise ValueError(f"{folder}: samples of another script; give eval.py's own folder")
-        samples[sample["data"], sample["decoder"], sample["seed"], sample["place"]] = sample
-    if not samples:
-        raise FileNotFoundError(f"{folder}: no samples.jsonl with samples of an evaluation in it")
-    stems = {data: Path(data).stem for data, *_ in samples}
-    results = {}
-    for (data, decoder, *_), sample in samples.items():
-        shared = list(stems.values()).count(stems[data]) > 1
-        name = data if shared else stems[data]
-        results.setdefault(f"{name} {decoder}", []).append(sample)
-    return results

@@ -2,7 +2,7 @@
 The README's picture: three answers of the base model to one problem, and the entropy of each
 of their tokens.
 
-    python tiny/idea.py   # writes assets/idea.png
+    python findings/idea.py   # writes assets/idea.png
 """
 import re
 import sys
@@ -15,7 +15,10 @@ matplotlib.use("Agg")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib.pyplot as plt
 
-from eval import generate, is_correct, load_model, load_problems
+from engine.load import load_model
+from engine.sampler import generate
+from tasks.answers import is_correct
+from tasks.problems import load_problems
 from tasks.prompts import encode_prompt, stop_ids
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,7 +4,8 @@ The end of a run, for people: a table, three problems before and after, and a fi
 import json
 from pathlib import Path
 
-from tasks.files import read_jsonl, replace_file
+from engine.files import append_jsonl, read_jsonl, replace_file
+from tasks.scores import summary
 
 
 def summarize(folder, rows, keep_best):
@@ -27,6 +28,24 @@ def summarize(folder, rows, keep_best):
     if keep_best:
         best = folder / "best" if (folder / "best").exists() else "the base model"
         print(f"best on the held-out set, as labels say: {best}")
+
+
+def held_out(step, problems, greedy, sampled, folder):
+    """What eval.evaluate_held_out writes, prints and gives, from the samples (`eval.graded`)."""
+    lines = []
+    for problem, sample in list(zip(problems, greedy))[:12]:
+        keep = {"response": sample["response"], "correct": sample["correct"]}
+        lines.append({"step": step, "set": "held out", "prompt": problem["prompt"]} | keep)
+    append_jsonl(folder / "samples.jsonl", lines)
+    greedy, sampled = summary(greedy), summary(sampled)
+    print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} "
+          f"[{greedy['low']:.1%}, {greedy['high']:.1%}] | T = 1 {sampled['accuracy']:.1%}",
+          flush=True)
+    return {
+        "val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"],
+        "val_entropy": sampled["entropy"], "val_length": greedy["length"],
+        "val_truncated": greedy["truncated"],
+    }
 
 
 def show_samples(folder, last_step):

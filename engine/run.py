@@ -46,12 +46,12 @@ import numpy as np
 import torch
 import transformers
 
+from engine.files import append_jsonl, fresh_folder, lock, read_config, read_jsonl, replace_file
+from engine.load import load_model
+from engine.sampler import generate
 from entropy import score_all
-from eval import evaluate, generate, load_model
-from tasks.files import append_jsonl, fresh_folder, lock, read_config, read_jsonl, replace_file
 from tasks.problems import load_gradable
 from tasks.prompts import encode_prompt, stop_ids
-from tasks.scores import summary
 
 COLUMNS = (
     "step entropy reward reward_std length truncated kl grad_norm changed tokens flops "
@@ -373,42 +373,7 @@ def is_best(rows):
     return rows[-1].get("val_greedy") == best
 
 
-def evaluate_held_out(step, model, tokenizer, head, problems, args, folder):
-    """Greedy and T = 1 accuracy on the held-out problems: the val_ columns ({} without any).
-
-    They are printed, and the first twelve greedy responses go to samples.jsonl.
-    """
-    if not problems:
-        return {}
-    greedy, sampled = (
-        evaluate(
-            model, tokenizer, head, problems, temperature, args.max_new_tokens,
-            seed=args.seed, rows=args.rollout_batch, desc="held out",
-        )
-        for temperature in (0, 1)
-    )
-    return report_held_out(step, problems, greedy, sampled, folder)
-
-
-def report_held_out(step, problems, greedy, sampled, folder):
-    """What `evaluate_held_out` writes, prints and gives, from the samples (`eval.graded`)."""
-    lines = []
-    for problem, sample in list(zip(problems, greedy))[:12]:
-        keep = {"response": sample["response"], "correct": sample["correct"]}
-        lines.append({"step": step, "set": "held out", "prompt": problem["prompt"]} | keep)
-    append_jsonl(folder / "samples.jsonl", lines)
-    greedy, sampled = summary(greedy), summary(sampled)
-    print(f"step {step} | held-out greedy {greedy['accuracy']:.1%} "
-          f"[{greedy['low']:.1%}, {greedy['high']:.1%}] | T = 1 {sampled['accuracy']:.1%}",
-          flush=True)
-    return {
-        "val_greedy": greedy["accuracy"], "val_sampled": sampled["accuracy"],
-        "val_entropy": sampled["entropy"], "val_length": greedy["length"],
-        "val_truncated": greedy["truncated"],
-    }
-
-
-# ------------------------------------------------------------------- stopping, and the guard
+# ------------------------------------------------------------------- ------------------ stopping
 
 
 class StopSignal:
@@ -458,28 +423,3 @@ def command(main):
                 signal.signal(number, handler)
 
     return wrapper
-
-
-def collapsed(rows, factor, window=3):
-    """Why a run has collapsed, judged without labels from its metrics rows, or None.
-
-    Means over the last `window` steps against the first `window`: length grown or shrunk
-    `factor`-fold, entropy grown `factor`-fold, 30 points more responses truncated, or entropy
-    under 1e-4 nats, where nothing is sampled any more. A factor of 0 turns it off.
-    """
-    rows = [row for row in rows if row["step"] > 0]
-    if not factor or len(rows) < 2 * window:
-        return None
-    first, last = {}, {}
-    for key in ("length", "entropy", "truncated"):
-        first[key] = sum(row[key] for row in rows[:window]) / window
-        last[key] = sum(row[key] for row in rows[-window:]) / window
-    if not first["length"] / factor <= last["length"] <= first["length"] * factor:
-        return f"responses went from {first['length']:.1f} to {last['length']:.1f} tokens"
-    if not last["entropy"] <= first["entropy"] * factor:
-        return f"entropy rose from {first['entropy']:.3g} to {last['entropy']:.3g} nats a token"
-    if not last["truncated"] <= first["truncated"] + 0.3:
-        return f"truncated responses rose from {first['truncated']:.0%} to {last['truncated']:.0%}"
-    if last["entropy"] < 1e-4:
-        return f"entropy is {last['entropy']:.1g} nats a token: every response is the same"
-    return None

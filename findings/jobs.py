@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from tasks.files import lock, replace_file
-from training.run import checkpoint_of
+from engine.files import lock, replace_file
+from engine.run import checkpoint_of
 
 
 class Job(NamedTuple):

@@ -16,8 +16,8 @@ import os
 
 import torch
 
+from engine.sampler import as_rows
 from entropy import score_all
-from eval import as_rows
 
 
 def start(model, dtype, longest, share=0.4, rows=256, **settings):
