@@ -38,6 +38,7 @@ from pathlib import Path
 import torch
 from transformers import LogitsProcessor, TextStreamer
 
+from engine import run
 from engine.arguments import Help, comma_list, nonnegative, positive, positive_int, whole_number
 from engine.load import load_model, set_up
 from engine.sampler import generate
@@ -309,6 +310,7 @@ def decode_and_grade(
     )
 
 
+@run.command
 def main(argv=None):
     # ----------------------------------------------------------------------------- settings
     parser = argparse.ArgumentParser(

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from engine import report
+from engine import report, run
 from engine.arguments import Help, comma_list, positive, positive_int, shard
 from engine.files import append_jsonl, fresh_folder, lock, read_config, read_jsonl, replace_file
 from engine.load import load_model, set_up
@@ -188,6 +188,7 @@ def temperature_of(decoder):
     return temperature
 
 
+@run.command
 def main(argv=None):
     # ----------------------------------------------------------------------------- settings
     parser = argparse.ArgumentParser(

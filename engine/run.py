@@ -50,6 +50,7 @@ from engine.files import append_jsonl, fresh_folder, lock, read_config, read_jso
 from engine.load import load_model
 from engine.sampler import generate
 from entropy import score_all
+from tasks.errors import UserError
 from tasks.problems import load_gradable
 from tasks.prompts import encode_prompt, stop_ids
 
@@ -407,6 +408,8 @@ def command(main):
                 stream.reconfigure(errors="backslashreplace")
         try:
             main(argv)
+        except UserError as error:
+            sys.exit(f"{name}: {error}")
         except torch.OutOfMemoryError as error:
             reason = str(error).split("\n")[0]
             sys.exit(f"{name}: out of memory: {reason} Less is needed with a smaller --budget, "
