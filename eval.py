@@ -38,6 +38,7 @@ from engine.load import load_model, set_up
 from engine.sampler import generate
 from entropy import output_head, score_all
 from tasks import answers, sandbox, scores
+from tasks.errors import UserError
 from tasks.problems import HUB, load_gradable, load_problems
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
 
@@ -266,7 +267,7 @@ def main(argv=None):
             for key in ("resume", "regrade", "compare", "out", "device", "shard"):
                 del settings[key]
             replace_file(folder / "config.json", json.dumps(settings, indent=1) + "\n")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         sys.exit(f"eval.py: {error}")
     sizes = ", ".join(f"{len(some)} problems of {data}" for data, some in problems.items())
     template = "in the chat template" if tokenizer.chat_template else "plain: no chat template"

@@ -23,7 +23,7 @@ from pathlib import Path
 import huggingface_hub
 
 from tasks.answers import NOT_ALLOWED, last_box
-from tasks.sandbox import passes
+from tasks.sandbox import has_namespaces, passes
 
 PROMPT_FIELDS = "prompt", "problem", "question"  # the first one that a row has
 KINDS = {  # field: what it may be
@@ -377,11 +377,14 @@ def load_problems(name_or_path):
 
 
 def load_gradable(data, limit, allow_code, flag="--data"):
-    """The first `limit` problems of a data set. ValueError where some can't be graded."""
+    """The first `limit` problems of a data set. ValueError where some can't be graded, and
+    UserError where no program can be run here."""
     problems = load_problems(data)[:limit]
     for problem in problems:
         if "answer" not in problem and "tests" not in problem:
             raise ValueError(f"{flag} {data}: {problem['id']} has no answer and no tests")
         if "tests" in problem and not allow_code:
             raise ValueError(f"{flag} {data}: {NOT_ALLOWED}")
+    if any("tests" in problem for problem in problems):
+        has_namespaces()  # or an error, before a model has answered
     return problems

@@ -39,7 +39,6 @@ import inspect
 import marshal
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -53,6 +52,8 @@ from contextlib import suppress
 from decimal import Decimal
 
 from tqdm import tqdm
+
+from tasks.errors import UserError
 
 
 def extract_program(response):
@@ -171,6 +172,8 @@ def drop_rights(root, namespaces):
 
 
 def set_limits(seconds, memory, processes):
+    import resource  # Windows has none, and imports this file
+
     limits = {"CPU": int(seconds) + 1, "NPROC": processes, "NOFILE": 64}
     limits |= {"FSIZE": 2**22, "CORE": 0}
     if sys.platform == "linux":  # macOS refuses it
@@ -310,7 +313,7 @@ def run_tests():
 # ----------------------------------------------------------------------------- the verdict
 
 PARTS = inspect.getsource(sys.modules[__name__]).split("\n# -----")
-GUARD = "import ctypes, os, resource, signal, sys\n#" + PARTS[1] + "\n\nguard()"
+GUARD = "import ctypes, os, signal, sys\n#" + PARTS[1] + "\n\nguard()"
 INSIDE = "import hashlib, marshal, os, sys, types\n#" + PARTS[2] + "\n\nrun_tests()"
 PARSING = threading.Lock()  # for the warnings' filters, which all threads share
 
@@ -360,7 +363,10 @@ def execute(code, stdin, seconds, memory, namespaces):
 @functools.cache
 def has_namespaces():
     """Are programs granted namespaces here? This is tried once; where they are not, a note
-    on stderr says why. Raises RuntimeError if nothing can be run."""
+    on stderr says why. Raises UserError if nothing can be run."""
+    if not hasattr(os, "fork"):
+        raise UserError(f"grading programs needs Linux or macOS, and this is {sys.platform} (on "
+                        "Windows: WSL); everything else runs here")
     reason = f"{sys.platform} has none"
     for namespaces in (True, False) if sys.platform == "linux" else (False,):
         try:
@@ -371,7 +377,7 @@ def has_namespaces():
         except RuntimeError as error:
             reason = error
     else:
-        raise RuntimeError(f"sandbox.py can't run programs here: {reason}")
+        raise UserError(f"sandbox.py can't run programs here: {reason}")
     if not namespaces:
         print(f"sandbox.py: no namespaces, only limits ({reason}): programs can start no "
               "processes, but reach the network and what the user may", file=sys.stderr)
@@ -460,7 +466,7 @@ def passes(program, tests, seconds=6, memory=2**30):
     {"input": str, "output": str}, each for a run of its own, which must exit with 0.
     `seconds`: of wall time, and of CPU time, for a run. `memory`: bytes of address space
     for a process. Output over 4 MiB fails. Raises ValueError for any other tests, and
-    RuntimeError where no program can be run.
+    UserError where no program can be run.
     """
     if isinstance(tests, str):
         code, texts = separate(tests)
@@ -489,9 +495,9 @@ def grade(jobs, workers=None, desc=None, **limits):
     """`passes` for many (program, tests), `workers` at a time (default: one for each core).
     `limits`: seconds and memory, as for `passes`. Returns bools, in the order of `jobs`."""
     jobs = list(jobs)
+    has_namespaces()
     if workers is None and sys.platform == "linux":
         workers = len(os.sched_getaffinity(0))
-    has_namespaces()
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
         results = pool.map(lambda job: passes(*job, **limits), jobs)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tasks import sandbox
+from tasks.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDLE = "needle-" + os.urandom(8).hex()  # no program can guess it
@@ -524,8 +526,38 @@ def test_a_sandbox_that_can_not_be_set_up_is_an_error_and_not_a_wrong_program(mo
         assert sandbox.has_namespaces.__wrapped__() is False
         assert "no namespaces" in capsys.readouterr().err
         broken = True
-        with pytest.raises(RuntimeError, match="not permitted"):
+        with pytest.raises(UserError, match="not permitted"):
             sandbox.has_namespaces.__wrapped__()
     monkeypatch.setattr(sandbox, "GUARD", "raise OSError('not permitted')")
     with pytest.raises(RuntimeError, match="not permitted"):
         sandbox.passes("f = 1", "assert f == 1")
+
+
+WINDOWS = """
+import os, sys
+sys.modules.update(dict.fromkeys(["resource", "fcntl", "pwd", "grp", "termios"]))
+for name in "fork getuid geteuid getgid setuid killpg sched_getaffinity fchmod".split():
+    delattr(os, name)
+from tasks import problems
+from tasks.errors import UserError
+from tasks.sandbox import grade, passes
+assert passes(None, "assert f == 1") is False
+for run in (lambda: grade([("f = 1", "assert f == 1")]), lambda: passes("f = 1", "assert f == 1"),
+            lambda: problems.load_gradable(sys.argv[1], None, allow_code=True)):
+    try:
+        run()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_without_posix_all_but_running_a_program_works(tmp_path):
+    """Guards against a module of one platform at the top of a file that every script imports."""
+    data = tmp_path / "code.jsonl"
+    data.write_text('{"prompt": "a", "tests": "assert f() == 1"}')
+    run = subprocess.run(
+        [sys.executable, "-c", WINDOWS, data], cwd=ROOT, capture_output=True, text=True
+    )
+    assert not run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == 3 and set(lines) == {lines[0]} and "needs Linux or macOS" in lines[0]
