@@ -64,6 +64,16 @@ def numina(row):
     yield {"prompt": row["problem"], "solution": row["solution"]}
 
 
+def svamp(row):
+    yield {"prompt": " ".join(row["question_concat"].split()), "answer": row["Answer"]}
+
+
+def asdiv(row):
+    if ";" not in row["answer"]:  # of several answers
+        answer = row["answer"].split(" (")[0]  # of "9 (apples)"
+        yield {"prompt": f"{row['body']} {row['question']}", "answer": answer}
+
+
 def amc(row):
     yield row | {"answer": str(row["answer"]).removesuffix(".0")}  # of 142.0
 
@@ -203,6 +213,9 @@ HUB = {  # name: (id on the Hub, configuration, split, how many problems, row ->
     "numina": ("AI-MO/NuminaMath-CoT", None, "train", None, numina),  # None: unchecked
     "math500": ("HuggingFaceH4/MATH-500", None, "test", 500, as_it_is),
     "gsm8k": ("openai/gsm8k", "main", "test", 1319, as_it_is),
+    "gsm8k-train": ("openai/gsm8k", "main", "train", 7473, as_it_is),
+    "svamp": ("ChilleD/SVAMP", None, "train+test", 1000, svamp),  # its authors' 1,000 tests
+    "asdiv": ("EleutherAI/asdiv", None, "validation", None, asdiv),
     "amc": ("AI-MO/aimo-validation-amc", None, "train", 83, amc),
     "aime": ("AI-MO/aimo-validation-aime", None, "train", 90, as_it_is),
     "minerva": ("math-ai/minervamath", None, "test", 272, as_it_is),

@@ -359,6 +359,17 @@ ROWS = {  # name: (rows as the data set has them, contents invented; problems th
     "gsm8k": (
         [dict(question="One and 1,233?", answer="It is <<1+1233=1234>>1,234\n#### 1,234")],
         [dict(id="gsm8k/0", prompt="One and 1,233?", answer="1,234")]),
+    "gsm8k-train": (
+        [dict(question="One and two?", answer="It is <<1+2=3>>3\n#### 3")],
+        [dict(id="gsm8k-train/0", prompt="One and two?", answer="3")]),
+    "svamp": (
+        [dict(ID="chal-1", Body="Ann has 2.", Question="And now?", Answer="2.0",
+              question_concat="Ann has 2.  And now?")],
+        [dict(id="svamp/0", prompt="Ann has 2. And now?", answer="2.0")]),
+    "asdiv": (
+        [dict(body="Ann has 2 apples.", question="How many?", answer="2 (apples)"),
+         dict(body="Ann has 2 apples, Bob 3.", question="Who has which?", answer="2; 3")],
+        [dict(id="asdiv/0", prompt="Ann has 2 apples. How many?", answer="2")]),
     "amc": (
         [dict(id=0, problem="1+1?", answer=142.0), dict(id=1, problem="2?", answer=2.5)],
         [dict(id=0, prompt="1+1?", answer="142"), dict(prompt="2?", answer="2.5")]),
