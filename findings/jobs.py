@@ -69,7 +69,7 @@ def run_job(job, folder):
     with log.open("w") as file:
         code = subprocess.run(
             [sys.executable, *job.command, flag, job.out], stdout=file, stderr=file,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env={"OMP_NUM_THREADS": "1"} | os.environ,
         ).returncode
     if code:
         raise RuntimeError(f"{name} failed with exit code {code}; the end of {log}:\n"

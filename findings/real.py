@@ -1,0 +1,266 @@
+"""
+The paper's questions, asked of a real model: a forecast, decoding, training.
+
+    python findings/real.py forecast   # greedy and 4 answers at T = 1: will EM help?
+    python findings/real.py decoding   # EM-INF beside its rivals
+    python findings/real.py training   # EM-FT, EM-RL and their controls, and a test of each
+    python findings/real.py overlap    # is a test prompt in a training set?
+    python findings/real.py report     # the tables anew, from the CSV alone
+
+The model is --model, a folder or an id of the Hub. Problems come from the Hub too, unless
+--data svamp=FILE,gsm8k=FILE names files.
+
+real.csv has a row for each (model, run, set, method, seed). What it has is not measured again,
+so that the same command goes on after Ctrl-C, and on another machine. The samples of a row lie
+in runs/real/, where a job that was cut short goes on too. They are graded when the row is made.
+The tables of real.md, between its comments, are filled from the CSV.
+
+Methods are decoders of em_inf.py. The column "right" says how many of the n
+answers to each problem are right, so that two rows can be compared problem by problem.
+"""
+import argparse
+import functools
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from jobs import Job, execute
+from real_tables import (
+    BASE,
+    COLUMNS,
+    DECODERS,
+    KEY,
+    RUNS,
+    SETS,
+    TESTS,
+    TRAIN,
+    filled,
+    read_table,
+    write_table,
+)
+
+from em_inf import SCHEMES, AdaptiveTemperature, EMInf, decode_and_grade, parse_decoder
+from engine.arguments import Help, comma_list, positive_int
+from engine.files import lock, read_jsonl, replace_file
+from engine.load import load_model, set_up
+from engine.run import read_rows
+from entropy import output_head
+from eval import evaluate
+from tasks.answers import grade, last_box, same_answer
+from tasks.problems import load_problems
+from tasks.prompts import encode_prompt
+from tasks.scores import CONFIDENCE, by_problem, diagnosis, summary
+
+ROOT = Path(__file__).resolve().parent.parent
+FULL = dict(problems=100, n=4, tokens=512, seeds=2, prompts=8, steps=20)
+GPU = FULL | dict(seeds=3, prompts=64, steps=40)  # 64 x 4 responses take seconds there
+QUICK = dict(problems=2, n=2, tokens=16, seeds=1, prompts=2, steps=1)
+WORLD = "--lr 5e-6 --max-new-tokens 256 --budget 4096 --rollout-batch 64 --val none"
+
+# ------------------------------------------------------------------------------- the rows
+
+
+def row_of(samples, problems):
+    """Graded anew: the columns that follow from samples, n of each problem side by side."""
+    known = {problem["id"]: problem for problem in problems}
+    texts = [sample["response"] for sample in samples]
+    asked = [known[sample["id"]] for sample in samples]
+    last = []
+    for sample, right in zip(samples, grade(asked, texts)):
+        sample["correct"] = right
+        sample["answered"] = last_box(sample["response"]) is not None
+        last.append(right_by_last_number(sample))
+    numbers = summary(samples)
+    row = {name: numbers[name] for name in "accuracy low high truncated entropy length".split()}
+    row |= dict(last_number=np.mean(last), boxed=numbers["answered"], commit=samples[0]["commit"])
+    row["flops"] = numbers["flops"] / len(samples)  # of an answer
+    drawn = [sample for sample in samples if sample.get("sharpened") is not None]
+    if drawn:
+        row["sharpened"] = np.mean([sample["sharpened"] for sample in drawn])
+    if numbers["n"] > 1:
+        found = diagnosis(samples, samples)
+        row |= {"majority": found["majority"], "passed": found["passed"]}
+        for reward in CONFIDENCE:
+            told = found["rewards"][reward]
+            row |= {f"{reward}_{end}": told[end] for end in ("low", "high", "auroc")}
+            row[reward] = told["drift"]
+    row = {name: f"{value:.4g}" if name != "commit" else value for name, value in row.items()}
+    row["right"] = " ".join(str(sum(group)) for group in by_problem(samples).values())
+    return row
+
+
+def right_by_last_number(sample):
+    """Is the last number of a response the answer, whether it stands in a box or not?"""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", sample["response"])
+    answer = sample["answer"]
+    return bool(numbers and answer) and same_answer(answer, numbers[-1].rstrip(","))
+
+
+# ------------------------------------------------------------------------------- measuring
+
+
+def problems_of(name, args):
+    return load_problems(args.data.get(name, name))
+
+
+@functools.cache
+def loaded(name, device, dtype):
+    device, dtype = set_up(device, dtype)
+    model, tokenizer = load_model(name, device, dtype)
+    return model, tokenizer, output_head(model, encode_prompt(tokenizer, "Which prime is even?"))
+
+
+def samples_of(key, folder, problems, n, args):
+    """The samples of a row: those of its file, and behind them the rest, a batch at a time."""
+    _, run, name, method, seed = key
+    sharpener, scheme, temperature = parse_decoder(method)
+    stem = f"{name} {method} {n} x {args.tokens}, {seed}"
+    path = folder / f"{run} {stem}.jsonl".strip()
+    samples = read_jsonl(path)
+    size = max(1, args.rollout_batch // (n * SCHEMES[scheme][0]))
+    for start in tqdm(range(len(samples) // n, len(problems), size), desc=path.stem, delay=5):
+        model = loaded(str(folder / run / "checkpoint") if run else args.model, args.device,
+                       args.dtype)
+        some = problems[start : start + size]
+        settings = dict(seed=1000 * int(seed) + start, rows=args.rollout_batch)
+        if (scheme, sharpener) in (("greedy", None), ("sample", None)):
+            new = evaluate(*model, some, temperature, args.tokens, n=n, **settings)
+            share = None
+        else:
+            used = {"em-inf": EMInf(), "adaptive-temperature": AdaptiveTemperature()}
+            new = decode_and_grade(*model, some, method, args.tokens, sharpeners=used, **settings)
+            share = used[sharpener].changed / used[sharpener].rows if sharpener else None
+        samples += [sample | dict(seed=1, sharpened=share, commit=commit()) for sample in new]
+        replace_file(path, "".join(json.dumps(sample) + "\n" for sample in samples))
+    return samples
+
+
+def commit():
+    describe = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
+def measure(rows, key, problems, n, folder, args, more=()):
+    """Put the row of a key into `rows` and the CSV, unless it is there with these settings."""
+    wanted = dict(problems=f"{len(problems)}", n=f"{n}", tokens=f"{args.tokens}")
+    if not args.regrade and wanted.items() <= rows.get(key, {}).items():
+        return
+    samples = samples_of(key, folder, problems, n, args)
+    row = dict(zip(KEY, key)) | wanted | row_of(samples, problems)
+    row |= dict(more)
+    rows[key] = {name: f"{row.get(name, '')}" for name in COLUMNS}
+    write_table(args.csv, rows)
+
+
+def train(run, method, name, seed, folder, args):
+    """Train a model on the prompts of a set, without those that a test has, unless that is done:
+    what its metrics say."""
+    file = folder / f"{name}.jsonl"
+    problems = apart(problems_of(name, args), [problems_of(test, args) for test in TESTS])
+    replace_file(file, "".join(json.dumps(problem) + "\n" for problem in problems))
+    flags = f"{RUNS[method]} {WORLD} --prompts {args.prompts} --steps {args.steps} --seed {seed}"
+    script, *flags = flags.split()
+    command = [str(ROOT / script), *flags, "--model", args.model, "--data", str(file)]
+    if args.dtype:
+        command += ["--dtype", args.dtype]
+    execute([Job(folder / run, command, ())], 1, folder)
+    metrics = read_rows(folder / run / "metrics.csv")[1:]
+    minutes = sum(row["seconds"] for row in metrics) / 60
+    more = dict(steps=metrics[-1]["step"], minutes=f"{minutes:.1f}")
+    if "kl" in metrics[-1]:
+        more["kl"] = f"{metrics[-1]['kl'] * metrics[-1]['length']:.3g}"  # nats a response
+    return more
+
+
+def normal(prompt):
+    return " ".join(re.findall(r"\w+", prompt.casefold()))
+
+
+def apart(training, tests):
+    """The problems of a training set whose prompts, but for case and punctuation, no test has."""
+    asked = {normal(problem["prompt"]) for problems in tests for problem in problems}
+    return [problem for problem in training if normal(problem["prompt"]) not in asked]
+
+
+# ------------------------------------------------------------------------------ the command
+
+
+def named_files(text):
+    """"svamp=FILE,gsm8k=FILE" -> {"svamp": FILE, "gsm8k": FILE}"""
+    return dict(pair.split("=", 1) for pair in text.split(","))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    add = parser.add_argument
+    add("table", choices=["forecast", "decoding", "training", "overlap", "report"])
+    add("--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", help="folder or Hub id")
+    add("--name", help="what the tables call it; without it the last part of --model")
+    add("--data", type=named_files, default={}, metavar="SET=FILE,...", help="files of problems")
+    add("--runs", type=comma_list, default=list(RUNS), help="methods of training, with commas")
+    add("--regrade", action="store_true", help="grade the samples of a table's rows again")
+    add("--quick", action="store_true", help="the settings under QUICK: less of everything")
+    for name in FULL:
+        add(f"--{name}", type=positive_int, help=f"without it {FULL[name]}, on a GPU {GPU[name]}")
+    add("--rollout-batch", type=positive_int, default=208, help="responses sampled at once")
+    add("--device", help="cuda, mps or cpu; without it the first there is")
+    add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
+        "on a GPU that has it")
+    add("--csv", type=Path, help="without it findings/real.csv, with --quick one in runs/")
+    args = parser.parse_args()
+    settings = QUICK if args.quick else GPU if torch.cuda.is_available() else FULL
+    for name in settings:
+        setattr(args, name, getattr(args, name) or settings[name])
+    folder = ROOT / ("runs/real-quick" if args.quick else "runs/real")
+    args.csv = args.csv or (folder if args.quick else ROOT / "findings") / "real.csv"
+    args.name = args.name or Path(args.model).name
+    folder = folder / args.name
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder, "lock of real.py")  # noqa: F841, until the process ends
+    os.environ.setdefault("OMP_NUM_THREADS", f"{os.cpu_count()}")  # of training
+    rows = read_table(args.csv)
+
+    def measure_all(name, run="", methods=BASE, seeds=(1,), more=()):
+        problems = problems_of(name, args)[: args.problems]
+        for method, seed in itertools.product(methods, seeds):
+            n = args.n if method == "sample@1" else 1
+            key = args.name, run, name, method, f"{seed}"
+            measure(rows, key, problems, n, folder, args, more)
+
+    seeds = range(1, args.seeds + 1)
+    if args.table == "forecast":
+        for name in SETS:
+            measure_all(name)
+    if args.table == "decoding":
+        for name in TESTS:
+            measure_all(name)
+            measure_all(name, methods=DECODERS, seeds=seeds)
+    if args.table == "training":
+        for seed, name, method in itertools.product(seeds, TRAIN, args.runs):
+            run = f"{method}, {name}, {seed}"
+            tested = [key for key in rows if key[:2] == (args.name, run)]
+            if args.regrade or len(tested) < len(TESTS) * len(BASE):
+                more = train(run, method, name, seed, folder, args)
+                for test in TESTS:
+                    measure_all(test, run, more=more)
+    if args.table == "overlap":
+        for name, test in itertools.product(TRAIN, TESTS):
+            training = problems_of(name, args)
+            shared = len(training) - len(apart(training, [problems_of(test, args)]))
+            print(f"{name}: {shared} of {len(training)} prompts are in {test}; not trained on")
+    if not args.quick:
+        page = ROOT / "findings/real.md"
+        replace_file(page, filled(page.read_text(encoding="utf-8"), rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The findings on a real model: their rows, and that the page says what the rows say."""
+import argparse
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from tests.models import ROOT, TINY
+
+sys.path.insert(0, str(ROOT / "findings"))
+import real
+import real_tables
+
+MODEL = "some model"
+
+
+def test_the_page_says_what_the_csv_says():
+    rows = real_tables.read_table(ROOT / "findings/real.csv")
+    text = (ROOT / "findings/real.md").read_text(encoding="utf-8")
+    assert real_tables.filled(text, rows) == text
+    kinds = re.findall(r"<!-- (\w+): ", text)
+    assert set(kinds) == set(real_tables.TABLES) and "-dirty" not in text
+    for row in rows.values():
+        right = np.mean([int(count) for count in row["right"].split()]) / int(row["n"])
+        assert float(row["accuracy"]) == pytest.approx(right, abs=1e-4)
+        assert len(row["right"].split()) == int(row["problems"])
+        assert row["commit"] and "-dirty" not in row["commit"]
+
+
+def settings(**more):
+    chosen = dict(model=TINY, device="cpu", dtype="float32", tokens=12, rollout_batch=4)
+    return argparse.Namespace(**chosen | more)
+
+
+@pytest.mark.parametrize("method, n", [("sample@1", 2), ("em-inf@0.5", 1), ("greedy", 1)])
+def test_a_job_cut_short_goes_on_as_if_it_had_not_been(method, n, tmp_path):
+    problems = real.load_problems(str(ROOT / "tiny/test.jsonl"))[:6]
+    key = MODEL, "", "set", method, "1"
+    whole = real.samples_of(key, tmp_path, problems, n, settings())
+    (path,) = tmp_path.glob("*.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) * 2 // 3]))  # 4 of the 6 problems
+    resumed = real.samples_of(key, tmp_path, problems, n, settings())
+    texts = [sample["response"] for sample in whole]
+    assert texts == [sample["response"] for sample in resumed] and len(texts) == 6 * n
+
+
+def test_a_row_of_the_csv_is_not_measured_again_unless_settings_differ(tmp_path):
+    problems = real.load_problems(str(ROOT / "tiny/test.jsonl"))[:4]
+    key = MODEL, "", "set", "greedy", "1"
+    args = settings(csv=tmp_path / "real.csv", regrade=False)
+    rows = {}
+    real.measure(rows, key, problems, 1, tmp_path, args)
+    there = real_tables.read_table(args.csv)
+    assert there == rows and rows[key]["problems"] == "4"
+    args.model = "no such model"
+    real.measure(there, key, problems, 1, tmp_path / "nowhere", args)
+    with pytest.raises(OSError, match="no such model"):
+        real.measure(there, key, problems[:3], 1, tmp_path / "nowhere", args)
+
+
+@pytest.mark.parametrize("response, right", [
+    ("so she has \\boxed{1200} apples", True),
+    ("so she has 1,200.", True),  # no box
+    ("1200, or in the end 1,300", False),
+    ("costs $1200.00", True),
+    ("1200 - 1200 = -0", False),
+    ("none", False),
+])
+def test_the_last_number_counts_with_and_without_a_box(response, right):
+    assert real.right_by_last_number({"response": response, "answer": "1200"}) == right
+
+
+def test_prompts_of_a_test_are_not_trained_on_in_whatever_form():
+    tests = [[{"prompt": "Ann has 2 apples. How many?"}], [{"prompt": "Bob?"}]]
+    training = [{"prompt": prompt} for prompt in (
+        "Ann has 2 apples.  How many?", "ann has 2 apples, how many", "Ann has 3 apples. How many?",
+    )]
+    assert real.apart(training, tests) == training[2:]
+
+
+def row(method, right, n=1, seed=1, run="", **more):
+    counts = [int(count) for count in right.split()]
+    filled = dict.fromkeys(real_tables.COLUMNS, "") | dict(
+        model=MODEL, run=run, set="svamp", method=method, seed=f"{seed}", n=f"{n}", right=right,
+        problems=f"{len(counts)}", accuracy=f"{np.mean(counts) / n}", flops="2e9", entropy="0.5",
+    )
+    return filled | more
+
+
+def test_claims_are_judged_problem_by_problem():
+    half, all_right = " ".join("01" * 10), " ".join("1" * 20)
+    some = [row("em-inf@1", all_right), row("sample@1", half), row("greedy", all_right)]
+    rows = {real_tables.key_of(one): one for one in some}
+    lines = real_tables.list_of_claims(rows, MODEL, "svamp").splitlines()
+    assert lines[0].startswith("- holds here") and "+50.0 (+" in lines[0]
+    assert lines[1].startswith("- not measured")
+    assert lines[2].startswith("- open")  # equal on every problem
+    table = real_tables.decoding_table(rows, MODEL, "svamp")
+    assert "| em-inf@0.1 | not measured |" in table and "| 1.00 |" in table
+
+
+def test_the_seeds_of_a_trained_run_are_one_line():
+    some = [row("greedy", "1 1"), row("sample@1", "1 3", n=4, token="0.02", token_low="0.01",
+                                      token_high="0.03")]
+    for seed, right in (1, "4 4"), (2, "0 4"):
+        run = f"EM-RL token, asdiv, {seed}"
+        some += [row("greedy", "1 1", run=run), row("sample@1", right, n=4, run=run, kl="0.5")]
+    rows = {real_tables.key_of(one): one for one in some}
+    table = real_tables.training_table(rows, MODEL, "svamp")
+    (line,) = re.findall(r"\| EM-RL token \| asdiv \|.*", table)
+    assert line.startswith("| EM-RL token | asdiv | 2 | 100.0% |") and "| 75.0% |" in line
+    assert "| EM-RL token exact, asdiv | not measured |" in table
+    outcome = real_tables.outcome_table(rows, MODEL)
+    assert "EM-RL token, asdiv, 1: svamp | +2.0 (+1.0 to +3.0) | +50.0" in outcome
