@@ -269,7 +269,7 @@ def parse_decoder(name, temperature=1.0):
 
 def decode_and_grade(
     model, tokenizer, head, problems, decoder, max_new_tokens, seed=1, rows=128, desc=None,
-    temperature=1.0, sharpeners=None,
+    temperature=1.0, sharpeners=None, allow_code=False,
 ):
     """Answer each problem with a decoder, and grade: -> samples as `eval.graded` gives them.
 
@@ -306,7 +306,7 @@ def decode_and_grade(
     entropy, logprobs, _ = score_all(model, head, prompts, responses)
     return graded(
         model, tokenizer, problems, responses, entropy=entropy, logprobs=logprobs,
-        spent=spent, decoder=decoder, seed=seed, seconds=seconds,
+        spent=spent, decoder=decoder, seed=seed, seconds=seconds, allow_code=allow_code,
     )
 
 

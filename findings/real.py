@@ -69,19 +69,20 @@ WORLD = "--lr 5e-6 --max-new-tokens 256 --budget 4096 --rollout-batch 64 --val n
 # ------------------------------------------------------------------------------- the rows
 
 
-def row_of(samples, problems):
+def row_of(samples, problems, allow_code):
     """Graded anew: the columns that follow from samples, n of each problem side by side."""
     known = {problem["id"]: problem for problem in problems}
     texts = [sample["response"] for sample in samples]
     asked = [known[sample["id"]] for sample in samples]
-    last = []
-    for sample, right in zip(samples, grade(asked, texts)):
+    for sample, right in zip(samples, grade(asked, texts, allow_code)):
         sample["correct"] = right
-        sample["answered"] = last_box(sample["response"]) is not None
-        last.append(right_by_last_number(sample))
+        if sample["answer"]:  # not a program
+            sample["answered"] = last_box(sample["response"]) is not None
     numbers = summary(samples)
     row = {name: numbers[name] for name in "accuracy low high truncated entropy length".split()}
-    row |= dict(last_number=np.mean(last), boxed=numbers["answered"], commit=samples[0]["commit"])
+    row |= dict(boxed=numbers["answered"], commit=samples[0]["commit"])
+    if samples[0]["answer"]:
+        row["last_number"] = np.mean([right_by_last_number(sample) for sample in samples])
     row["flops"] = numbers["flops"] / len(samples)  # of an answer
     drawn = [sample for sample in samples if sample.get("sharpened") is not None]
     if drawn:
@@ -101,8 +102,7 @@ def row_of(samples, problems):
 def right_by_last_number(sample):
     """Is the last number of a response the answer, whether it stands in a box or not?"""
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", sample["response"])
-    answer = sample["answer"]
-    return bool(numbers and answer) and same_answer(answer, numbers[-1].rstrip(","))
+    return bool(numbers) and same_answer(sample["answer"], numbers[-1].rstrip(","))
 
 
 # ------------------------------------------------------------------------------- measuring
@@ -131,7 +131,8 @@ def samples_of(key, folder, problems, n, args):
         model = loaded(str(folder / run / "checkpoint") if run else args.model, args.device,
                        args.dtype)
         some = problems[start : start + size]
-        settings = dict(seed=1000 * int(seed) + start, rows=args.rollout_batch)
+        settings = dict(seed=1000 * int(seed) + start, rows=args.rollout_batch,
+                        allow_code=args.allow_code_execution)
         if (scheme, sharpener) in (("greedy", None), ("sample", None)):
             new = evaluate(*model, some, temperature, args.tokens, n=n, **settings)
             share = None
@@ -155,7 +156,7 @@ def measure(rows, key, problems, n, folder, args, more=()):
     if not args.regrade and wanted.items() <= rows.get(key, {}).items():
         return
     samples = samples_of(key, folder, problems, n, args)
-    row = dict(zip(KEY, key)) | wanted | row_of(samples, problems)
+    row = dict(zip(KEY, key)) | wanted | row_of(samples, problems, args.allow_code_execution)
     row |= dict(more)
     rows[key] = {name: f"{row.get(name, '')}" for name in COLUMNS}
     write_table(args.csv, rows)
@@ -165,7 +166,7 @@ def train(run, method, name, seed, folder, args):
     """Train a model on the prompts of a set, without those that a test has, unless that is done:
     what its metrics say."""
     file = folder / f"{name}.jsonl"
-    problems = apart(problems_of(name, args), [problems_of(test, args) for test in TESTS])
+    problems = apart(problems_of(name, args), [problems_of(test, args) for test in args.tests])
     replace_file(file, "".join(json.dumps(problem) + "\n" for problem in problems))
     flags = f"{RUNS[method]} {WORLD} --prompts {args.prompts} --steps {args.steps} --seed {seed}"
     script, *flags = flags.split()
@@ -215,6 +216,8 @@ def main():
     add("--device", help="cuda, mps or cpu; without it the first there is")
     add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
         "on a GPU that has it")
+    add("--allow-code-execution", action="store_true", help="ask HumanEval too, and run the "
+        "programs that answer, in a sandbox")
     add("--csv", type=Path, help="without it findings/real.csv, with --quick one in runs/")
     args = parser.parse_args()
     settings = QUICK if args.quick else GPU if torch.cuda.is_available() else FULL
@@ -228,6 +231,8 @@ def main():
     held = lock(folder, "lock of real.py")  # noqa: F841, until the process ends
     os.environ.setdefault("OMP_NUM_THREADS", f"{os.cpu_count()}")  # of training
     rows = read_table(args.csv)
+    args.tests = [name for name in TESTS if name != "humaneval" or args.allow_code_execution]
+    args.sets = [name for name in SETS if name in ("asdiv", *args.tests)]
 
     def measure_all(name, run="", methods=BASE, seeds=(1,), more=()):
         problems = problems_of(name, args)[: args.problems]
@@ -238,22 +243,22 @@ def main():
 
     seeds = range(1, args.seeds + 1)
     if args.table == "forecast":
-        for name in SETS:
+        for name in args.sets:
             measure_all(name)
     if args.table == "decoding":
-        for name in TESTS:
+        for name in args.tests:
             measure_all(name)
             measure_all(name, methods=DECODERS, seeds=seeds)
     if args.table == "training":
         for seed, name, method in itertools.product(seeds, TRAIN, args.runs):
             run = f"{method}, {name}, {seed}"
             tested = [key for key in rows if key[:2] == (args.name, run)]
-            if args.regrade or len(tested) < len(TESTS) * len(BASE):
+            if args.regrade or len(tested) < len(args.tests) * len(BASE):
                 more = train(run, method, name, seed, folder, args)
-                for test in TESTS:
+                for test in args.tests:
                     measure_all(test, run, more=more)
     if args.table == "overlap":
-        for name, test in itertools.product(TRAIN, TESTS):
+        for name, test in itertools.product(TRAIN, args.tests):
             training = problems_of(name, args)
             shared = len(training) - len(apart(training, [problems_of(test, args)]))
             print(f"{name}: {shared} of {len(training)} prompts are in {test}; not trained on")

@@ -12,8 +12,8 @@ from report import fill
 from engine.files import replace_file
 from tasks.scores import CONFIDENCE, accuracy_interval, paired_interval
 
-SETS = "svamp", "gsm8k", "asdiv"  # what is forecast
-TESTS = "svamp", "gsm8k"  # what is decoded, and what the trained models are tested on
+SETS = "svamp", "gsm8k", "asdiv", "humaneval"  # what is forecast
+TESTS = "svamp", "gsm8k", "humaneval"  # what is decoded, and what the trained models are tested on
 TRAIN = "asdiv", "gsm8k-train"  # prompts to train on
 BASE = "greedy", "sample@1"
 DECODERS = (

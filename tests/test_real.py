@@ -29,7 +29,8 @@ def test_the_page_says_what_the_csv_says():
 
 
 def settings(**more):
-    chosen = dict(model=TINY, device="cpu", dtype="float32", tokens=12, rollout_batch=4)
+    chosen = dict(model=TINY, device="cpu", dtype="float32", tokens=12, rollout_batch=4,
+                  allow_code_execution=False)
     return argparse.Namespace(**chosen | more)
 
 
