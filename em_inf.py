@@ -39,12 +39,21 @@ import torch
 from transformers import LogitsProcessor, TextStreamer
 
 from engine import run
-from engine.arguments import Help, comma_list, nonnegative, positive, positive_int, whole_number
+from engine.arguments import (
+    Help,
+    comma_list,
+    fraction,
+    nonnegative,
+    positive,
+    positive_int,
+    whole_number,
+)
 from engine.load import load_model, set_up
 from engine.sampler import generate
 from entropy import at_least_float32, output_head, score_all, token_entropy
 from eval import graded
 from tasks.answers import most_agreed
+from tasks.errors import UserError
 from tasks.problems import load_gradable
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
 from tasks.scores import table
@@ -183,7 +192,7 @@ class Sharpen(LogitsProcessor):
 
     transformers' `generate` calls it with the ids so far, which it does not need; our own takes
     its method `sharpen`. It adds up rows, how many of them it changed, and their entropy before
-    and after (nats). Raises ValueError for settings out of range and for nan.
+    and after (nats). Raises ValueError for settings out of range, and UserError for nan.
     """
 
     def __init__(self, function, delta, **settings):
@@ -205,7 +214,7 @@ class Sharpen(LogitsProcessor):
         entropy_after = entropy.index_copy(0, unsure, in_cache(token_entropy)(sharper))
         if entropy_after.isnan().any():
             row = entropy_after.isnan().nonzero()[0].item()
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__}: nan in row {row}: the model overflows, or lr is too large"
             )
         self.rows += len(logits)
@@ -247,7 +256,7 @@ class AdaptiveTemperature(Sharpen):
 def parse_decoder(name, temperature=1.0):
     """ "[SHARPENER+]SCHEME[@T]" -> (sharpener or None, scheme, temperature).
 
-    A sharpener alone samples, and greedy has temperature 0. ValueError for any other name.
+    A sharpener alone samples, and greedy has temperature 0. UserError for any other name.
     """
     spec, at, number = name.partition("@")
     sharpener, _, scheme = spec.rpartition("+")
@@ -260,7 +269,7 @@ def parse_decoder(name, temperature=1.0):
     except (ValueError, argparse.ArgumentTypeError):
         known = False
     if not known or (at and scheme == "greedy"):
-        raise ValueError(
+        raise UserError(
             f"--decode {name}: give one of {', '.join(SCHEMES)}, {' or '.join(SHARPENERS)} before "
             "it or alone, and perhaps a temperature above 0, as in em-inf+refine@0.7"
         )
@@ -290,10 +299,10 @@ def decode_and_grade(
         for _ in range(rounds):
             pairs = zip(problems, earlier)
             prompts = [encode_problem(tokenizer, problem, text) for problem, text in pairs]
-            drafts, _, _ = generate(
+            drafts = generate(
                 model, prompts, stop, max_new_tokens, temperature, n=n, rows=rows,
                 sharpen=sharpen, desc=desc,
-            )
+            ).responses
             responses = []
             for i, prompt in enumerate(prompts):
                 group = drafts[i * n : i * n + n]
@@ -303,10 +312,10 @@ def decode_and_grade(
                 earlier[i] = texts[best]
                 spent[i] += n * len(prompt) + sum(len(ids) for ids in group)
     seconds = (time.time() - started) / len(problems)
-    entropy, logprobs, _ = score_all(model, head, prompts, responses)
+    scores = score_all(model, head, prompts, responses)
     return graded(
-        model, tokenizer, problems, responses, entropy=entropy, logprobs=logprobs,
-        spent=spent, decoder=decoder, seed=seed, seconds=seconds, allow_code=allow_code,
+        model, tokenizer, problems, responses, scores, spent=spent, decoder=decoder, seed=seed,
+        seconds=seconds, allow_code=allow_code,
     )
 
 
@@ -330,7 +339,7 @@ def main(argv=None):
     add("--steps", type=whole_number, default=3, help="of the descent")
     add("--kl-weight", type=nonnegative, default=0.05, help="of KL(before || after)")
     add("--optimizer", choices=["adam", "sgd"], default="adam", help="of the descent")
-    add("--alpha", type=positive, default=0.5, help="entropy that adaptive temperature keeps")
+    add("--alpha", type=fraction, default=0.5, help="entropy that adaptive temperature keeps")
     add("--seeds", type=positive_int, default=3, help="seeds 1 to SEEDS; one for greedy")
     add("--max-new-tokens", type=positive_int, default=3072, help="longest response, tokens")
     add("--rollout-batch", type=positive_int, default=128, help="responses sampled at once")
@@ -340,19 +349,16 @@ def main(argv=None):
         args = parser.parse_args(argv, argparse.Namespace(**TINY))
 
     # ------------------------------------------------------------------------------- set-up
-    try:
-        device, dtype = set_up(args.device)
-        em_inf = EMInf(args.delta, args.lr, args.steps, args.kl_weight, args.optimizer)
-        adaptive = AdaptiveTemperature(args.alpha, args.delta)
-        for name in args.decode:
-            parse_decoder(name, args.temperature)
-        model, tokenizer = load_model(args.model, device, dtype)
-        if args.prompt:
-            return answer_one(args, model, tokenizer, em_inf)
-        problems = load_gradable(args.data, args.limit, allow_code=False)
-        head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
-    except (OSError, ValueError) as error:
-        sys.exit(f"{NAME}: {error}")
+    device, dtype = set_up(args.device)
+    em_inf = EMInf(args.delta, args.lr, args.steps, args.kl_weight, args.optimizer)
+    adaptive = AdaptiveTemperature(args.alpha, args.delta)
+    for name in args.decode:
+        parse_decoder(name, args.temperature)
+    model, tokenizer = load_model(args.model, device, dtype)
+    if args.prompt:
+        return answer_one(args, model, tokenizer, em_inf)
+    problems = load_gradable(args.data, args.limit, allow_code=False)
+    head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
     print(f"{args.model} on {len(problems)} problems of {args.data}, {device}", flush=True)
 
     # --------------------------------------------------------------------------- the table
@@ -368,8 +374,6 @@ def main(argv=None):
                 sharpeners={"em-inf": em_inf, "adaptive-temperature": adaptive},
             )
             results.setdefault(name, []).extend(samples)
-    except (ValueError, FloatingPointError) as error:  # logits that are not finite
-        sys.exit(f"{NAME}: {error}")
     except KeyboardInterrupt:
         print(f"\n{NAME}: stopped; this is what was done by then", file=sys.stderr)
     for i, problem in enumerate(problems[: args.show]):

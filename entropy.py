@@ -14,6 +14,7 @@ on two gradients:
 """
 import inspect
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +68,8 @@ def entropy_and_logprob(
 ):
     """Entropy and log-prob of targets, straight from the last hidden states.
 
-    Takes hidden (N, D), weight (V, D), targets (N,) and perhaps a bias (V,), and gives
-    entropy (N,) and log-prob (N,), in nats. Without targets, None, the second is the mean of
-    the log-probs of all V tokens. The result is the same as
+    Takes the hidden states (T, D) of T tokens, weight (V, D), targets (T,) and perhaps a bias
+    (V,), and gives entropy (T,) and log-prob (T,), in nats. The result is the same as
 
         logits = scale * (hidden @ weight.T + bias)
         logits = softcap * tanh(logits / softcap)    # Gemma; None leaves it out
@@ -77,7 +77,7 @@ def entropy_and_logprob(
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         logprob = logprobs.gather(-1, targets[:, None])[:, 0]
 
-    and both are differentiable in hidden, weight and bias, but the (N, V) logits never
+    and both are differentiable in hidden, weight and bias, but the (T, V) logits never
     exist. Forward and backward work through blocks of `block` logits: by default 2^20
     on a CPU, which fit its cache, and 2^26 on a GPU. The backward makes each block once
     more, so there are 4 matrix products instead of 3, in the memory of one block and
@@ -100,7 +100,7 @@ def entropy_and_logprob(
             "give both one dtype, or turn autocast on"
         )
     V = len(weight)
-    if targets is not None and len(targets) and not 0 <= targets.min() <= targets.max() < V:
+    if len(targets) and not 0 <= targets.min() <= targets.max() < V:
         low, high = targets.min().item(), targets.max().item()
         raise ValueError(f"targets go from {low} to {high}: they must be in 0 .. {V - 1}")
     block = block or (2**20 if device == "cpu" else 2**26)
@@ -109,21 +109,21 @@ def entropy_and_logprob(
     )
 
 
-def blocks_of(N, V, block):
-    """Slices (rows, columns) that tile N x V with at most `block` elements each.
+def blocks_of(T, V, block):
+    """Slices (rows, columns) that tile T x V with at most `block` elements each.
 
     All columns of some rows come before the next rows. Blocks are tall, because each
     of them reads its columns of the weight and adds to their gradient.
     """
-    height = max(1, min(N, 2 * math.isqrt(block)))
+    height = max(1, min(T, 2 * math.isqrt(block)))
     width = max(1, block // height)
-    for i in range(0, N, height):
-        for j in range(0, V, width):
-            yield slice(i, min(i + height, N)), slice(j, min(j + width, V))
+    for top in range(0, T, height):
+        for left in range(0, V, width):
+            yield slice(top, min(top + height, T)), slice(left, min(left + width, V))
 
 
 def block_of_logits(hidden, weight, bias, scale, softcap, temperature):
-    """(n, D), (v, D), (v,) -> (n, v): one block, divided by the temperature."""
+    """(t, D), (v, D), (v,) -> (t, v): one block, divided by the temperature."""
     z = at_least_float32(F.linear(hidden, weight, bias))
     if softcap is not None:
         return z.mul_(scale / softcap).tanh_().mul_(softcap / temperature)
@@ -132,7 +132,7 @@ def block_of_logits(hidden, weight, bias, scale, softcap, temperature):
 
 def find_targets(targets, columns):
     """Where the targets stand in a block: their column, clamped into it, and whether
-    they are in it at all: (n,) -> (n, 1), (n, 1)."""
+    they are in it at all: (t,) -> (t, 1), (t, 1)."""
     column = targets[:, None] - columns.start
     width = columns.stop - columns.start
     inside = (column >= 0) & (column < width)
@@ -144,28 +144,28 @@ class _EntropyAndLogprob(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, scale, softcap, temperature, block):
         ctx.head = scale, softcap, temperature
         ctx.block = block
-        N, V = len(hidden), len(weight)
+        T, V = len(hidden), len(weight)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        # Per row, over the columns seen so far: the largest logit m,
-        # s = sum exp(z - m), t = sum exp(z - m) (z - m), and the target's logit.
-        m, s, t, target = hidden.new_zeros(4, N, 1, dtype=dtype)
+        # The softmax of a row, one block of its logits z after the other. Over the blocks so far,
+        #     m = max z,    s = sum exp(z - m),    u = sum exp(z - m) (z - m).
+        # When the maximum moves by d = m - m' <= 0, exp(z - m') is e^d exp(z - m) and z - m' is
+        # (z - m) + d. So s becomes e^d s, and u becomes e^d (u + d s). At the end
+        # log p = z - m - log s, whose mean under p gives H = log s - u / s.
+        m, s, u, target = hidden.new_zeros(4, T, 1, dtype=dtype)
         m.fill_(-torch.inf)
-        for i, j in blocks_of(N, V, block):
-            bias_j = None if bias is None else bias[j]
-            z = block_of_logits(hidden[i], weight[j], bias_j, *ctx.head)  # (n, v)
-            if targets is None:
-                target[i] += z.sum(-1, keepdim=True) / V
-            else:
-                column, inside = find_targets(targets[i], j)
-                target[i] = torch.where(inside, z.gather(-1, column), target[i])
-            new_m = torch.maximum(m[i], z.amax(-1, keepdim=True))
-            shift = (m[i] - new_m).clamp_(min=-1e4)  # -inf at first, where s = t = 0
-            p = z.sub_(new_m).exp()
-            t[i] = shift.exp() * (t[i] + shift * s[i]) + torch.linalg.vecdot(p, z)[:, None]
-            s[i] = shift.exp() * s[i] + p.sum(-1, keepdim=True)
-            m[i] = new_m
-        entropy = s.log() - t / s  # (N, 1)
-        lse = m + s.log()  # (N, 1), logsumexp of the row
+        for rows, columns in blocks_of(T, V, block):
+            some_bias = None if bias is None else bias[columns]
+            z = block_of_logits(hidden[rows], weight[columns], some_bias, *ctx.head)  # (t, v)
+            column, inside = find_targets(targets[rows], columns)
+            target[rows] = torch.where(inside, z.gather(-1, column), target[rows])
+            new_m = torch.maximum(m[rows], z.amax(-1, keepdim=True))
+            d = (m[rows] - new_m).clamp_(min=-1e4)  # -inf at first, where s = u = 0
+            e = z.sub_(new_m).exp()
+            u[rows] = d.exp() * (u[rows] + d * s[rows]) + torch.linalg.vecdot(e, z)[:, None]
+            s[rows] = d.exp() * s[rows] + e.sum(-1, keepdim=True)
+            m[rows] = new_m
+        entropy = s.log() - u / s  # (T, 1)
+        lse = m + s.log()  # (T, 1), logsumexp of the row
         ctx.save_for_backward(hidden, weight, bias, targets, entropy, lse)
         return entropy[:, 0], (target - lse)[:, 0]
 
@@ -182,31 +182,27 @@ class _EntropyAndLogprob(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
         a, b = grad_entropy[:, None], grad_logprob[:, None]
         offset = a * (lse - entropy) - b
-        for i, j in blocks_of(len(hidden), len(weight), ctx.block):
-            bias_j = None if bias is None else bias[j]
-            z = block_of_logits(hidden[i], weight[j], bias_j, *ctx.head)  # (n, v)
+        for rows, columns in blocks_of(len(hidden), len(weight), ctx.block):
+            some_bias = None if bias is None else bias[columns]
+            z = block_of_logits(hidden[rows], weight[columns], some_bias, *ctx.head)  # (t, v)
             if softcap is not None:
                 slope = 1 - (z * (temperature / softcap)).square_()  # of tanh
-            # dL/dz = -a p (log p + H) - b p, and b more at the target, or b / V everywhere;
-            # log p = z - lse
-            p = (z - lse[i]).exp_()
-            grad = z.mul_(-a[i]).add_(offset[i]).mul_(p)
-            if targets is None:
-                grad.add_(b[i] / len(weight))
-            else:
-                column, inside = find_targets(targets[i], j)
-                grad.scatter_add_(-1, column, b[i] * inside)
+            # dL/dz = -a p (log p + H) - b p, and b more at the target; log p = z - lse
+            p = (z - lse[rows]).exp_()
+            grad = z.mul_(-a[rows]).add_(offset[rows]).mul_(p)
+            column, inside = find_targets(targets[rows], columns)
+            grad.scatter_add_(-1, column, b[rows] * inside)
             if softcap is not None:
                 grad.mul_(slope)
             if scale != temperature:
                 grad.mul_(scale / temperature)
             if needs_bias:
-                grad_bias[j] += grad.sum(0)
+                grad_bias[columns] += grad.sum(0)
             grad = grad.to(hidden.dtype)
             if needs_hidden:
-                grad_hidden[i] += grad @ weight[j]
+                grad_hidden[rows] += grad @ weight[columns]
             if needs_weight:
-                grad_weight[j] += grad.T @ hidden[i]
+                grad_weight[columns] += grad.T @ hidden[rows]
         grad_hidden = grad_hidden.to(hidden.dtype) if needs_hidden else None
         grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
         grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
@@ -278,46 +274,56 @@ def batches(lengths, budget, indices=None, count=None):
     return groups
 
 
-def score(model, head, prompts, responses, temperature=1.0, mean=False):
-    """Entropy and log-prob of every response token, differentiable, in nats.
+class Scores(NamedTuple):
+    """What a model says of the tokens of B responses, of which the longest has T: (B, T) each.
+    A row has its own tokens first, and zeros behind them."""
 
-    B prompts and responses (token ids) -> entropy, logprobs, mask, each (B, T), with T the
-    longest response: a row has its own tokens first, and zeros behind them, as the mask says.
-    With `mean`, the log-probs are means over the vocabulary instead of the tokens' own.
+    entropy: torch.Tensor  # of the distribution of the token, nats
+    logprobs: torch.Tensor  # of the token, nats
+    mask: torch.Tensor  # True where there is a token
+
+
+def score(model, head, prompts, responses, temperature=1.0, some=None):
+    """Entropy and log-prob of every token of B responses to B prompts (lists of token ids), or
+    of `some` of them, a list of indices: -> Scores, differentiable.
+
     `head` comes from `output_head`. Padding stands on the right, where causal attention never
     looks, so no attention mask is needed.
     """
+    if some is not None:
+        prompts, responses = [prompts[i] for i in some], [responses[i] for i in some]
     ids = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
     ids = pad_sequence(ids, batch_first=True).to(model.device)  # (B, L)
-    begin = torch.tensor([len(p) for p in prompts], device=model.device)[:, None]
+    start = torch.tensor([len(p) for p in prompts], device=model.device)[:, None]
     length = torch.tensor([len(r) for r in responses], device=model.device)[:, None]
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, D)
     place = torch.arange(1, ids.shape[1], device=model.device)  # of each token but the first
-    is_response = (place >= begin) & (place < begin + length)  # (B, L - 1)
+    is_response = (place >= start) & (place < start + length)  # (B, L - 1)
     states = hidden[:, :-1][is_response]  # (tokens, D): what predicts each response token
-    targets = None if mean else ids[:, 1:][is_response]
-    values = entropy_and_logprob(states, targets=targets, temperature=temperature, **head)
+    targets = ids[:, 1:][is_response]
+    entropy, logprobs = entropy_and_logprob(
+        states, targets=targets, temperature=temperature, **head
+    )
     mask = torch.arange(length.max(), device=model.device) < length  # (B, T)
     zeros = torch.zeros_like(mask, dtype=torch.float32)
-    entropy = zeros.masked_scatter(mask, values[0].float())
-    logprobs = zeros.masked_scatter(mask, values[1].float())
-    return entropy, logprobs, mask
+    entropy = zeros.masked_scatter(mask, entropy.float())
+    logprobs = zeros.masked_scatter(mask, logprobs.float())
+    return Scores(entropy, logprobs, mask)
 
 
 @torch.no_grad()
-def score_all(model, head, prompts, responses, temperature=1.0, budget=2**16, mean=False):
-    """`score` without a graph, in micro-batches of at most `budget` tokens."""
+def score_all(model, head, prompts, responses, temperature=1.0, budget=2**15):
+    """`score` without a graph, in micro-batches of at most 2 x `budget` tokens: nothing is kept
+    for a backward, so twice as many fit."""
     T = max(len(response) for response in responses)
     entropy = torch.zeros(len(responses), T, device=model.device)
     logprobs = torch.zeros_like(entropy)
     mask = torch.zeros_like(entropy, dtype=torch.bool)
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
-    for rows in tqdm(batches(lengths, budget), desc="score", leave=False, delay=5):
-        some_prompts = [prompts[i] for i in rows]
-        some_responses = [responses[i] for i in rows]
-        some = score(model, head, some_prompts, some_responses, temperature, mean)
-        t = some[0].shape[1]
-        entropy[rows, :t] = some[0]
-        logprobs[rows, :t] = some[1]
-        mask[rows, :t] = some[2]
-    return entropy, logprobs, mask
+    for micro in tqdm(batches(lengths, 2 * budget), desc="score", leave=False, delay=5):
+        scores = score(model, head, prompts, responses, temperature, micro)
+        longest = scores.mask.shape[1]
+        entropy[micro, :longest] = scores.entropy
+        logprobs[micro, :longest] = scores.logprobs
+        mask[micro, :longest] = scores.mask
+    return Scores(entropy, logprobs, mask)

@@ -24,7 +24,6 @@ results.json and reliability.png.
 import argparse
 import itertools
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -62,24 +61,25 @@ def evaluate(
     prompts = [encode_problem(tokenizer, problem) for problem in problems]
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        responses, entropy, logprobs = generate(
+        rollout = generate(
             model, prompts, stop, max_new_tokens, temperature, n=n, rows=rows, desc=desc
         )
     problems = [problem for problem in problems for _ in range(n)]
     prompts = [prompt for prompt in prompts for _ in range(n)]
     seconds = (time.time() - started) / len(problems)
+    scores = rollout
     if temperature not in (0, 1):  # a sample's entropy is the model's own, at T = 1
-        entropy, logprobs, _ = score_all(model, head, prompts, responses)
-    spent = [len(p) + len(r) for p, r in zip(prompts, responses)]
+        scores = score_all(model, head, prompts, rollout.responses)
+    spent = [len(p) + len(r) for p, r in zip(prompts, rollout.responses)]
     return graded(
-        model, tokenizer, problems, responses, entropy=entropy, logprobs=logprobs,
-        spent=spent, decoder=DECODERS.get(temperature, f"sample@{temperature}"), seed=seed,
+        model, tokenizer, problems, rollout.responses, scores, spent=spent,
+        decoder=DECODERS.get(temperature, f"sample@{temperature}"), seed=seed,
         seconds=seconds, allow_code=allow_code,
     )
 
 
 def graded(
-    model, tokenizer, problems, responses, entropy, logprobs, spent, decoder, seed, seconds,
+    model, tokenizer, problems, responses, scores, spent, decoder, seed, seconds,
     allow_code=False,
 ):
     """Grade a response (token ids) to each problem: -> samples, a list of dicts with
@@ -89,14 +89,14 @@ def graded(
         response            text
         correct, answered   is it right, and has it a box, or a program, at all?
         truncated, length   did it end without a stop token; tokens, the stop token included
-        entropy, logprob    means over its tokens, nats, from (B, T) of each
+        entropy, logprob    means over its tokens, nats, from `scores` (entropy.Scores)
         flops               2 P n, with n the tokens that went through the model for it
     """
     stop = stop_ids(model, tokenizer)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
     right = answers.grade(problems, texts, allow_code)
-    entropy = entropy.cpu().double().sum(-1).tolist()
-    logprobs = logprobs.cpu().double().sum(-1).tolist()
+    entropy = scores.entropy.cpu().double().sum(-1).tolist()
+    logprobs = scores.logprobs.cpu().double().sum(-1).tolist()
     samples = []
     for i, problem in enumerate(problems):
         length = len(responses[i])
@@ -146,10 +146,10 @@ def read_samples(folder):
     samples = {}
     for sample in rows:
         if "place" not in sample:
-            raise ValueError(f"{folder}: samples of another script; give eval.py's own folder")
+            raise UserError(f"{folder}: samples of another script; give eval.py's own folder")
         samples[sample["data"], sample["decoder"], sample["seed"], sample["place"]] = sample
     if not samples:
-        raise FileNotFoundError(f"{folder}: no samples.jsonl with samples of an evaluation in it")
+        raise UserError(f"{folder}: no samples.jsonl with samples of an evaluation in it")
     stems = {data: Path(data).stem for data, *_ in samples}
     results = {}
     for (data, decoder, *_), sample in samples.items():
@@ -168,7 +168,7 @@ def regrade(folder, allow_code):
             data = samples[0]["data"]
             known = {problem["id"]: problem for problem in load_problems(data)}
             if missing := [sample["id"] for sample in samples if sample["id"] not in known]:
-                raise ValueError(f"--regrade {folder}: {data} has no problem {missing[0]} any more")
+                raise UserError(f"--regrade {folder}: {data} has no problem {missing[0]} any more")
             problems = [known[sample["id"]] for sample in samples]
         texts = [sample["response"] for sample in samples]
         for sample, right in zip(samples, answers.grade(problems, texts, allow_code)):
@@ -184,7 +184,7 @@ def temperature_of(decoder):
     except (ValueError, argparse.ArgumentTypeError):
         temperature = 0.0
     if decoder != "greedy" and (scheme != "sample" or temperature == 0):
-        raise ValueError(f"--decode {decoder}: give greedy, sample or sample@T with a T above 0; "
+        raise UserError(f"--decode {decoder}: give greedy, sample or sample@T with a T above 0; "
                          "em_inf.py has other decoders")
     return temperature
 
@@ -218,57 +218,54 @@ def main(argv=None):
     add("--diagnose", action="store_true", help="will EM help this model? Takes 8 answers to "
         "each of 512 problems, unless --n and --limit say otherwise")
     args = parser.parse_args(argv)
-    try:
-        if args.compare:
-            first, second = args.compare
-            return print(scores.compare(read_samples(first), read_samples(second)))
-        if args.regrade:
-            regraded = regrade(args.regrade, args.allow_code_execution)
-            return print(scores.table(regraded))
-        if args.diagnose:
-            args.decode, args.seeds = ["greedy", "sample"], 1
-            args.limit = args.limit or 512
-            args.n = args.n if args.n > 1 else 8
-        if args.resume and args.out:
-            raise ValueError(f"--out {args.out}: --resume goes on in its own folder")
-        if args.shard and not (args.out or args.resume):
-            raise ValueError("--shard: all parts need the same --out")
-        begun = args.resume
-        if args.shard and args.out and Path(args.out, "config.json").exists():
-            begun = args.out  # by another part
-        if begun:
-            saved = read_config(begun, "eval.py")
-            args = parser.parse_args(argv, argparse.Namespace(**saved))
-            for key in saved:
-                if vars(args)[key] != saved[key]:
-                    raise ValueError(f"{begun} began with {key} {saved[key]}, so "
-                                     f"{vars(args)[key]} needs a new folder")
+    if args.compare:
+        first, second = args.compare
+        return print(scores.compare(read_samples(first), read_samples(second)))
+    if args.regrade:
+        regraded = regrade(args.regrade, args.allow_code_execution)
+        return print(scores.table(regraded))
+    if args.diagnose:
+        args.decode, args.seeds = ["greedy", "sample"], 1
+        args.limit = args.limit or 512
+        args.n = args.n if args.n > 1 else 8
+    if args.resume and args.out:
+        raise UserError(f"--out {args.out}: --resume goes on in its own folder")
+    if args.shard and not (args.out or args.resume):
+        raise UserError("--shard: all parts need the same --out")
+    begun = args.resume
+    if args.shard and args.out and Path(args.out, "config.json").exists():
+        begun = args.out  # by another part
+    if begun:
+        saved = read_config(begun, "eval.py")
+        args = parser.parse_args(argv, argparse.Namespace(**saved))
+        for key in saved:
+            if vars(args)[key] != saved[key]:
+                raise UserError(f"{begun} began with {key} {saved[key]}, so "
+                                 f"{vars(args)[key]} needs a new folder")
 
-        # --------------------------------------------------------------------------- set-up
-        device, dtype = set_up(args.device)
-        temperatures = {decoder: temperature_of(decoder) for decoder in args.decode}
-        if len(set(temperatures.values())) < len(temperatures):
-            raise ValueError(f"--decode {','.join(args.decode)}: two of them are the same")
-        problems = {}
-        for data in args.data:
-            problems[data] = load_gradable(data, args.limit, args.allow_code_execution)
-        model, tokenizer = load_model(args.model, device, dtype)
-        head = output_head(model, encode_prompt(tokenizer, "Which prime is even?"))
-        folder = begun or args.out
-        folder = Path(folder) if folder else fresh_folder("runs/eval")
-        if not begun and (folder / "config.json").exists():
-            raise FileExistsError(f"{folder} is in use: --resume {folder}, or another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        first, parts = args.shard or (0, 1)
-        suffix = f"-{first}" if args.shard else ""
-        held = lock(folder, f"lock{suffix}")  # noqa: F841, until the process ends
-        if not begun:
-            settings = {"script": "eval.py"} | vars(args)
-            for key in ("resume", "regrade", "compare", "out", "device", "shard"):
-                del settings[key]
-            replace_file(folder / "config.json", json.dumps(settings, indent=1) + "\n")
-    except (OSError, ValueError, UserError) as error:
-        sys.exit(f"eval.py: {error}")
+    # ------------------------------------------------------------------------------- set-up
+    device, dtype = set_up(args.device)
+    temperatures = {decoder: temperature_of(decoder) for decoder in args.decode}
+    if len(set(temperatures.values())) < len(temperatures):
+        raise UserError(f"--decode {','.join(args.decode)}: two of them are the same")
+    problems = {}
+    for data in args.data:
+        problems[data] = load_gradable(data, args.limit, args.allow_code_execution)
+    model, tokenizer = load_model(args.model, device, dtype)
+    head = output_head(model, encode_prompt(tokenizer, "Which prime is even?"))
+    folder = begun or args.out
+    folder = Path(folder) if folder else fresh_folder("runs/eval")
+    if not begun and (folder / "config.json").exists():
+        raise UserError(f"{folder} is in use: --resume {folder}, or another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    first, parts = args.shard or (0, 1)
+    suffix = f"-{first}" if args.shard else ""
+    held = lock(folder, f"lock{suffix}")  # noqa: F841, until the process ends
+    if not begun:
+        settings = {"script": "eval.py"} | vars(args)
+        for key in ("resume", "regrade", "compare", "out", "device", "shard"):
+            del settings[key]
+        replace_file(folder / "config.json", json.dumps(settings, indent=1) + "\n")
     sizes = ", ".join(f"{len(some)} problems of {data}" for data, some in problems.items())
     template = "in the chat template" if tokenizer.chat_template else "plain: no chat template"
     print(f"{args.model} on {sizes}; {device}; prompts {template}")
@@ -305,23 +302,22 @@ def main(argv=None):
             for place, sample in zip(places, samples):
                 sample.update(data=data, decoder=decoder, seed=seed, job=job, place=place)
             append_jsonl(folder / f"samples{suffix}.jsonl", samples)
-        results = read_samples(folder)
-        missing = total - sum(map(len, results.values()))
-        if missing:
-            return print(f"\nthis part is done; {missing:,} of {total:,} samples are to come")
-        if args.diagnose:
-            pairs = list(results.items())
-            for (_, greedy), (name, sampled) in zip(pairs[::2], pairs[1::2]):
-                print(f"\n{name}:\n{scores.diagnose(greedy, sampled)}")
-        else:
-            print("\n" + scores.table(results))
-        summaries = {name: scores.summary(samples) for name, samples in results.items()}
-        replace_file(folder / "results.json", json.dumps(summaries, indent=1) + "\n")
-        scores.reliability_plot(results, folder / "reliability.png")
-        print(f"\nsamples, results.json and reliability.png: {folder}")
-    except (KeyboardInterrupt, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        reason = str(error) or "stopped"
-        sys.exit(f"eval.py: {reason}; go on with: python eval.py --resume {folder}")
+    except KeyboardInterrupt:
+        raise UserError(f"stopped; go on with: python eval.py --resume {folder}") from None
+    results = read_samples(folder)
+    missing = total - sum(map(len, results.values()))
+    if missing:
+        return print(f"\nthis part is done; {missing:,} of {total:,} samples are to come")
+    if args.diagnose:
+        pairs = list(results.items())
+        for (_, greedy), (name, sampled) in zip(pairs[::2], pairs[1::2]):
+            print(f"\n{name}:\n{scores.diagnose(greedy, sampled)}")
+    else:
+        print("\n" + scores.table(results))
+    summaries = {name: scores.summary(samples) for name, samples in results.items()}
+    replace_file(folder / "results.json", json.dumps(summaries, indent=1) + "\n")
+    scores.reliability_plot(results, folder / "reliability.png")
+    print(f"\nsamples, results.json and reliability.png: {folder}")
 
 
 if __name__ == "__main__":

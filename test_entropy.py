@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+from argparse import Namespace
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test waits for a network
@@ -21,7 +22,7 @@ import em_ft
 import em_rl
 import entropy
 from em_inf import AdaptiveTemperature, EMInf, adaptive_temperature, minimize_entropy
-from em_rl import advantage, entropy_weights, reward
+from em_rl import advantage, entropy_weight
 from engine.load import load_model
 from engine.optimizer import MasterAdamW
 from engine.run import read_rows
@@ -92,12 +93,9 @@ def whole(hidden, weight, targets, bias=0.0, scale=1.0, softcap=None, temperatur
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     policy = Categorical(logits=logits / temperature)
-    if targets is None:
-        return policy.entropy(), policy.logits.mean(-1)
     return policy.entropy(), policy.log_prob(targets)
 
 
-@cases("mean", [False, True])
 @cases("block", [1, 3, 12, None])
 @cases("biased", [True, False])
 @cases("head", [
@@ -107,9 +105,8 @@ def whole(hidden, weight, targets, bias=0.0, scale=1.0, softcap=None, temperatur
     dict(temperature=0.6),
     dict(scale=1.7, softcap=2.0, temperature=0.6),
 ])
-def test_blocks_give_values_and_gradients_of_whole_logits(head, biased, block, mean):
+def test_blocks_give_values_and_gradients_of_whole_logits(head, biased, block):
     h, w, t, b = head_inputs()
-    t = None if mean else t
     inputs = (h, w, b) if biased else (h, w)
     got = torch.stack(entropy_and_logprob(h, w, t, *inputs[2:], block=block, **head))
     wanted = torch.stack(whole(h, w, t, *inputs[2:], **head))
@@ -201,13 +198,8 @@ def test_padded_rows_head_and_shift_are_as_in_whole_logits_alone(kind, temperatu
     parameters = list(model.parameters())
     got = gradient((a * H + b * L).sum(), parameters)
     assert relative(got, gradient(total, parameters)) < 1e-4
-    micro = score_all(model, head, prompts, responses, temperature, budget=40)
+    micro = score_all(model, head, prompts, responses, temperature, budget=20)
     assert_close(micro, rows, atol=1e-5, rtol=1e-5)
-    _, L, _ = score_all(model, head, prompts, responses, temperature, budget=40, mean=True)
-    for i, response in enumerate(responses):
-        logits = model(torch.tensor([prompts[i] + response])).logits[0, len(prompts[i]) - 1 : -1]
-        mean = (logits / temperature).log_softmax(-1).mean(-1)
-        assert_close(L[i, : len(response)], mean, atol=1e-4, rtol=1e-4)
 
 
 def test_an_unknown_output_head_is_an_error():
@@ -364,6 +356,14 @@ def test_a_processor_is_its_function_and_counts_what_it_has_done():
 # -------------------------- rewards and advantages
 
 
+def rollout_of(H, L, K, mask, texts=(), problems=(), N=4):
+    """A rollout of given entropies, log-probs and means over a vocabulary of 1: log V = 0."""
+    return SimpleNamespace(
+        entropy=H, logprobs=L, mean_logprobs=-K, mask=mask, V=1, N=N, texts=texts,
+        problems=problems,
+    )
+
+
 def test_rewards_by_hand_and_nothing_behind_the_mask():
     texts = [r"\boxed{0.5}", r"\boxed{\frac{1}{2}}", "1/2", r"\boxed{3}"]
     texts += ["", "", r"\boxed{7", r"\boxed{7}"]
@@ -373,34 +373,35 @@ def test_rewards_by_hand_and_nothing_behind_the_mask():
     H, L, K, mask = torch.ones(4, 16, 3)
     mask[0, 2] = 0
     H[0], L[0], K[0] = torch.tensor([[1.0, 3.0, 9.0], [-2.0, -4.0, 9.0], [5.0, 1.0, 9.0]])
-    confidence = {"token": -H, "sequence": L, "self-certainty": K}
-    for name, norm, first, *others in [
-        ("token", "sum", [-4, -3, -3, -3], [-3] * 4, [-3] * 4, [-3] * 4),
-        ("token", "mean", [-2, -1, -1, -1], [-1] * 4, [-1] * 4, [-1] * 4),
-        ("sequence", "sum", [-6, 3, 3, 3], [3] * 4, [3] * 4, [3] * 4),
-        ("self-certainty", "mean", [3, 1, 1, 1], [1] * 4, [1] * 4, [1] * 4),
-        ("majority", "mean", [1, 1, 0, 0], [0, 0, 0, 1], [1] * 4, [1, 1, 1, 0]),
-        ("consistency", "mean", [0.5, 0.5, 0, 0.25], [0, 0, 0, 0.25], [0.5] * 4, [0.25] * 3 + [0]),
-        ("empo", "mean", [0.5, 0.5, 0, 0.25], [0] * 4, [0.5] * 4, [0] * 4),
-        ("format", "mean", [1, 1, 0, 1], [0, 0, 0, 1], [1] * 4, [1, 1, 1, 0]),
-        ("correct", "mean", [1, 1, 0, 0], [0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0]),
-        ("length", "mean", [2, 3, 3, 3], [3] * 4, [3] * 4, [3] * 4),
+    rollout = rollout_of(H, L, K, mask, texts, problems)
+    for name, first, *others in [
+        ("token", [-2, -1, -1, -1], [-1] * 4, [-1] * 4, [-1] * 4),
+        ("sequence", [-3, 1, 1, 1], [1] * 4, [1] * 4, [1] * 4),
+        ("self-certainty", [3, 1, 1, 1], [1] * 4, [1] * 4, [1] * 4),
+        ("majority", [1, 1, 0, 0], [0, 0, 0, 1], [1] * 4, [1, 1, 1, 0]),
+        ("consistency", [0.5, 0.5, 0, 0.25], [0, 0, 0, 0.25], [0.5] * 4, [0.25] * 3 + [0]),
+        ("empo", [0.5, 0.5, 0, 0.25], [0] * 4, [0.5] * 4, [0] * 4),
+        ("format", [1, 1, 0, 1], [0, 0, 0, 1], [1] * 4, [1, 1, 1, 0]),
+        ("correct", [1, 1, 0, 0], [0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 0]),
+        ("correct+token", [-1, 0, -1, -1], [-1, -1, -1, 0], [-1, 0, 0, -1], [-1, 0, -1, -1]),
+        ("correct+sequence", [-2, 2, 1, 1], [1, 1, 1, 2], [1, 2, 2, 1], [1, 2, 1, 1]),
+        ("length", [2, 3, 3, 3], [3] * 4, [3] * 4, [3] * 4),
     ]:
-        got = reward(name, 4, confidence, mask, texts, problems, norm)
+        got = em_rl.REWARDS[name](rollout).view(4, 4)
         assert got.tolist() == [first, *others], name
-    draws = [reward("random", 4, confidence, mask, texts, problems) for _ in range(4)]
+    draws = [em_rl.REWARDS["random"](rollout) for _ in range(4)]
     assert len(torch.stack(draws).unique()) == 64
 
 
 @cases("name", [name for name in em_rl.REWARDS if "correct" not in name])
 def test_no_reward_but_correct_reads_a_label(name):
-    texts = [r"\boxed{1}", "2"] * 4
-    rows = torch.rand(3, 8, 5)
-    confidence = {"token": rows[0], "sequence": rows[1], "self-certainty": rows[2]}
     got = []
+    rows = torch.rand(3, 8, 5)
     for problem in {}, {"answer": "1"}:
         torch.manual_seed(0)
-        got.append(reward(name, 4, confidence, torch.ones(8, 5), texts, [problem] * 8))
+        texts = [r"\boxed{1}", "2"] * 4
+        rollout = rollout_of(*rows, torch.ones(8, 5), texts, [problem] * 8)
+        got.append(em_rl.REWARDS[name](rollout))
     assert torch.equal(*got)
 
 
@@ -430,8 +431,8 @@ def test_on_a_bandit_both_rewards_go_for_the_sure_arm(name):
         second = Categorical(logits=after[arms])
         H = torch.stack([first.entropy(), second.entropy()], -1)
         L = torch.stack([first.log_prob(arms), second.log_prob(second.sample())], -1)
-        confidence = {"token": -H.view(256, 2), "sequence": L.view(256, 2)}
-        r = reward(name, 4, confidence, torch.ones(256, 2), [], []).detach()
+        rollout = rollout_of(H.view(256, 2), L.view(256, 2), H, torch.ones(256, 2))
+        r = em_rl.REWARDS[name](rollout).detach().view(64, 4)
         objective = (advantage("rloo", r)[..., None] * L).mean()
         theta.data += gradient(objective, [theta])
     assert theta.softmax(-1)[0] > 0.9
@@ -453,8 +454,8 @@ def test_the_sequence_rewards_gradient_is_the_token_rewards_plus_em_fts():
         sequence -= p * L.detach() * L
         token -= p * -H.detach() * L
         em_ft += p * H
-        weight = entropy_weights("exact", torch.tensor([len(response)]), "sum")
-        exact -= p * (-H.detach() * L + weight[0, 0] * H)  # em_rl.py's objective
+        weight = entropy_weight(None, Namespace(entropy_coef="exact", reward_norm="sum"))
+        exact -= p * (-H.detach() * L + weight * H)  # em_rl.py's objective
     grads = [gradient(loss, [logits]) for loss in (sequence, token, em_ft, exact)]
     assert_close(grads[0], grads[1] + grads[2])
     assert_close(grads[0], grads[3])
@@ -470,7 +471,7 @@ def first_step(tmp_path, monkeypatch):
     `policy_of` each, noise put on their log-probs, and each update's weights and gradient.
     Of its EOS the model is sure, so a loss could lose it unseen: with a digit among `stop` many
     responses end at a token that has a gradient."""
-    step = MasterAdamW.step
+    clip = MasterAdamW.clip
 
     def run(script, flags, temperature=1.0, noise=0.0, stop=(279,)):
         seen = SimpleNamespace(weights=[], gradients=[], prompts=[], responses=[])
@@ -478,17 +479,20 @@ def first_step(tmp_path, monkeypatch):
         def spy(optimizer, max_norm):
             seen.weights.append([p.detach().clone() for p in optimizer.params])
             seen.gradients.append(torch.cat([p.grad.flatten() for p in optimizer.params]))
-            return step(optimizer, max_norm)
+            return clip(optimizer, max_norm)
 
         def sample(model, prompts, *args, n, **settings):
-            responses, H, L = generate(model, prompts, *args, n=n, **settings)
+            rollout = generate(model, prompts, *args, n=n, **settings)
             seen.prompts = [prompt for prompt in prompts for _ in range(n)]
-            seen.responses, seen.noise = responses, noise * torch.randn(L.shape)
-            lengths = torch.tensor([[len(response)] for response in responses])
-            garbage = 9.0 * (torch.arange(L.shape[1]) >= lengths)  # behind its own
-            return responses, H + garbage, L + seen.noise + garbage
+            seen.responses = rollout.responses
+            seen.noise = noise * torch.randn(rollout.mask.shape)
+            garbage = 9.0 * ~rollout.mask  # behind its own
+            rollout.entropy += garbage
+            rollout.mean_logprobs += garbage
+            rollout.logprobs += seen.noise + garbage
+            return rollout
 
-        monkeypatch.setattr(MasterAdamW, "step", spy)
+        monkeypatch.setattr(MasterAdamW, "clip", spy)
         monkeypatch.setattr(script, "generate", sample)
         monkeypatch.setattr(script, "stop_ids", lambda model, tokenizer: list(stop))
         script.main((
@@ -541,7 +545,7 @@ def test_em_rl_gradient_is_plain_ppo_of_rows_alone(
     first_step, name, norm, kind, beta, temperature, noise
 ):
     flags = f"--reward {name} --reward-norm {norm} --advantage {kind} --beta {beta}"
-    flags += " --clip 0.1 --checkpointing --rollout-batch 5"
+    flags += " --clip 0.1 --recompute --rollout-batch 5"
     seen = first_step(em_rl, flags, temperature, noise, stop=(279, FOUR))
     assert any(response[-1] == FOUR for response in seen.responses)
     tokenizer = load_model(TINY, "cpu")[1]
@@ -553,12 +557,11 @@ def test_em_rl_gradient_is_plain_ppo_of_rows_alone(
         prompt, response = seen.prompts[i], seen.responses[i]
         logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         certainty = -(logits / temperature).log_softmax(-1).mean(-1) - math.log(logits.shape[-1])
-        confidence = {"token": -H, "sequence": old[i], "self-certainty": certainty}
-        confidence = {key: values[None].detach() for key, values in confidence.items()}
         text, problem = tokenizer.decode(response), PROBLEMS[tokenizer.decode(prompt).strip()]
-        for part in name.split("+"):
-            mask = torch.ones(1, len(L))
-            r[i] += reward(part, 1, confidence, mask, [text], [problem], norm).item()
+        mask = torch.ones(1, len(L))
+        rows = H.detach()[None], old[i].detach()[None], certainty.detach()[None]
+        r[i] = em_rl.REWARDS[name](rollout_of(*rows, mask, [text], [problem], N=1))
+        r[i] *= len(L) if norm == "sum" else 1
     A = advantage(kind, r.view(4, 3)).flatten()
 
     def surrogate(i, H, L):

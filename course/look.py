@@ -65,7 +65,8 @@ def column(path, model, tokenizer, sharpen, problem, data, args):
     prompt, stop = encode_problem(tokenizer, problem), stop_ids(model, tokenizer)
     head, length = output_head(model, prompt), args.max_new_tokens
     torch.manual_seed(args.seed)
-    (ids,), _, _ = generate(model, [prompt], stop, length, args.temperature, sharpen=record)
+    rollout = generate(model, [prompt], stop, length, args.temperature, sharpen=record)
+    (ids,) = rollout.responses
     entropy, logprobs, _ = score_all(model, head, [prompt], [ids])
     for row, id, h, logprob in zip(rows, ids, entropy[0].tolist(), logprobs[0].tolist()):
         row[:0] = [name(id), round(h, 4), round(logprob, 4)]

@@ -28,6 +28,12 @@ def positive(text):
     return float(text)
 
 
+def fraction(text):
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 1")
+    return float(text)
+
+
 def nonnegative(text):
     return 0.0 if float(text) == 0 else positive(text)
 

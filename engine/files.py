@@ -9,17 +9,19 @@ from pathlib import Path
 
 import filelock
 
+from tasks.errors import UserError
+
 
 def lock(folder, name="lock"):
     """Lock a folder as long as the result is kept, or the process lives, however it ends.
 
-    Raises OSError where another process has it.
+    Raises UserError where another process has it.
     """
     held = filelock.FileLock(Path(folder) / name, is_singleton=True)  # one for a process
     try:
         held.acquire(blocking=False)
     except filelock.Timeout:
-        raise OSError(f"{folder}: another process is writing there; wait until it ends") from None
+        raise UserError(f"{folder}: another process is writing there; wait until it ends") from None
     return held
 
 
@@ -74,10 +76,10 @@ def read_config(folder, script=None):
         config = json.loads(path.read_text(encoding="utf-8"))
         writer = config["script"]
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file, so there is no run to go on with") from None
+        raise UserError(f"{path}: no such file, so there is no run to go on with") from None
     except (ValueError, TypeError, KeyError) as error:
         kind = type(error).__name__
-        raise ValueError(f"{path}: damaged ({kind}); start again with another --out") from None
+        raise UserError(f"{path}: damaged ({kind}); start again with another --out") from None
     if script not in (None, writer):
-        raise ValueError(f"{folder}: a run of {writer}, not of {script}")
+        raise UserError(f"{folder}: a run of {writer}, not of {script}")
     return config

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tasks.errors import UserError
 from tasks.problems import hub_says, reach_hub
 
 
@@ -15,7 +16,7 @@ def set_up(device=None, dtype=None):
     """(device, dtype) to work with, chosen where they are not given.
 
     Weights are bfloat16 on a GPU that has it, else float32 (on a T4, say): float16 would
-    need its losses scaled. Raises ValueError for a device that is not there.
+    need its losses scaled. Raises UserError for a device that is not there.
     """
     if device is None:
         other = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -26,7 +27,7 @@ def set_up(device=None, dtype=None):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0][:160]
-        raise ValueError(f"--device {device}: not usable here ({reason})") from None
+        raise UserError(f"--device {device}: not usable here ({reason})") from None
     # cuDNN's attention makes a plan for every new shape, which takes longer than a token does
     torch.backends.cuda.enable_cudnn_sdp(False)
     native = device.startswith("cuda")
@@ -35,7 +36,7 @@ def set_up(device=None, dtype=None):
 
 
 def load_model(name, device, dtype=torch.float32):
-    """(model in eval mode, tokenizer) of a folder or a Hub id; OSError where there is none."""
+    """(model in eval mode, tokenizer) of a folder or a Hub id; UserError where there is none."""
     is_folder = Path(name).is_dir()
     reached = is_folder or reach_hub()
     try:
@@ -55,8 +56,8 @@ def load_model(name, device, dtype=torch.float32):
     except Exception as error:  # whatever the loaders raise for a missing or a damaged file
         reason = " ".join(str(error).split())[:160]
         if is_folder:
-            raise OSError(f"model {name}: the folder can't be loaded ({reason})") from error
-        raise OSError(f"model {name}: no folder here, and {hub_says(reached)} model") from error
+            raise UserError(f"model {name}: the folder can't be loaded ({reason})") from error
+        raise UserError(f"model {name}: no folder here, and {hub_says(reached)} model") from error
     if model.num_parameters() < 2**20 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # beside any other work several would wait for each other
     return model.to(device).eval(), tokenizer

@@ -1,17 +1,23 @@
 """
 AdamW on float32 master copies of a model's weights.
 
-A bfloat16 number has 8 significant bits, so a weight of 0.02 does not move by less than some
+A bfloat16 number has 8 significant bits, so a weight of 0.02 does not move by less than about
 0.00006: at a learning rate of 1e-6 nothing would be learned. The masters move, and the model
 gets their rounded copies. Gradients are summed over micro-batches in float32 for the same
-reason. Masters and Adam's two moments take 12 bytes a parameter, on the weights' device or, with
-`offload`, in CPU memory. Weights that are float32 already are their own masters.
+reason. Weights that are float32 already are their own masters, and their gradients are summed by
+autograd.
 
-Weights, a reference, gradients, masters and moments take some 20 bytes a parameter: the 7.6 B
-of Qwen2.5-Math-7B need 152 GB. So on a GPU that has less the masters go to CPU memory, unless
-offload is False. Weight decay is 0.01, torch's default and the released trainer's.
+Masters and Adam's two moments take 12 bytes a parameter, on the weights' device or, with
+`offload`, in CPU memory. Weights, a reference, gradients, masters and moments take about 20 bytes
+a parameter: the 7.6 B of Qwen2.5-Math-7B need 152 GB. So on a GPU that has less the masters go to
+CPU memory, unless offload is False. Weight decay is 0.01, torch's default and the released
+trainer's.
 """
+import math
+
 import torch
+
+from tasks.errors import UserError
 
 
 class MasterAdamW:
@@ -21,7 +27,7 @@ class MasterAdamW:
             memory = torch.cuda.get_device_properties(model.device).total_memory
             offload = 20 * sum(p.numel() for p in self.params) > memory
         self.offload = offload
-        self.sums = {}  # float32 sums of the gradients of weights that are not float32
+        self.sums = {}  # {weight that is not float32: float32 sum of its gradients}
         self.masters = []
         for p in self.params:
             if p.dtype != torch.float32:
@@ -39,36 +45,45 @@ class MasterAdamW:
         self.sums[p] = self.sums[p].add_(p.grad) if p in self.sums else p.grad.float()
         p.grad = None
 
-    @torch.no_grad()
-    def step(self, max_norm):
-        """One step from the gradients so far, clipped to a total norm of `max_norm`.
+    def grads(self):
+        """The summed gradient of each weight, None for a weight that was not used."""
+        return [self.sums.get(p, p.grad) for p in self.params]
 
-        Gives (norm before clipping, share of the weights that changed, in a sample of at most
-        some 10,000 of each tensor). Raises FloatingPointError, and changes nothing, where the
-        norm is not finite.
+    @torch.no_grad()
+    def clip(self, max_norm):
+        """Scale the summed gradients to a total norm of at most `max_norm`: the norm before.
+
+        Raises UserError where the norm is not finite. No weight has changed then.
         """
-        grads = [self.sums.pop(p, p.grad) for p in self.params]  # None: p was not used
-        norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None]).item()
-        if not norm < float("inf"):
-            raise FloatingPointError(f"the gradient's norm is {norm}")
-        scale = min(1.0, max_norm / (norm + 1e-6))
-        for p, master, grad in zip(self.params, self.masters, grads):
-            p.grad = None
+        grads = [grad for grad in self.grads() if grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads).item()
+        if not math.isfinite(norm):
+            raise UserError(f"the gradient's norm is {norm}, so the step is not taken and the last "
+                            "checkpoint holds; a lower --lr may help, or --dtype float32")
+        for grad in grads:
+            grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
+        return norm
+
+    @torch.no_grad()
+    def step(self):
+        """Move the masters by the summed gradients, and give the model their rounded copies."""
+        for master, grad in zip(self.masters, self.grads()):
             if grad is None or master.grad is None:
-                master.grad = None if grad is None else grad.mul_(scale).to(master.device)
-            else:  # in CPU memory: into the last step's, since new memory is slow at first touch
-                master.grad.copy_(grad.mul_(scale))
-        strides = [1 + m.numel() // 10_000 for m in self.masters]
-        before = [m.flatten()[::n].clone() for m, n in zip(self.masters, strides)]
+                master.grad = None if grad is None else grad.to(master.device)
+            elif master.grad is not grad:  # in CPU memory: into the last step's, since new memory
+                master.grad.copy_(grad)  # is slow at first touch
         self.adam.step()
-        if not self.offload:
-            self.adam.zero_grad()
-        changed = 0
-        for p, master, n, old in zip(self.params, self.masters, strides, before):
-            changed += (master.flatten()[::n] != old).sum().item()
+        for p, master in zip(self.params, self.masters):
             if master is not p:
                 p.copy_(master)
-        return norm, changed / sum(len(old) for old in before)
+
+    def zero_grad(self):
+        """Forget the gradients. In CPU memory the masters keep theirs, for the memory alone."""
+        self.sums.clear()
+        for p in self.params:
+            p.grad = None
+        if not self.offload:
+            self.adam.zero_grad()
 
     def state_dict(self):
         """What a resumed run needs: Adam's moments, and masters that are not the weights."""

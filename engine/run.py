@@ -7,7 +7,6 @@ What a training run leaves behind, and how it is taken up again.
               plot.png         entropy, accuracy and length against steps
               checkpoint/      the latest model, an ordinary Hugging Face folder, and state.pt,
                                what --resume needs besides
-              merged/          with --merge: the model and its adapters in one
               best/            with --keep-best: the model of the best held-out greedy accuracy
               result.json      base, peak and final accuracy; it says that the run has ended
 
@@ -18,9 +17,8 @@ The columns of metrics.csv, empty where a step did not measure something:
                        responses, mean over prompts
     length, truncated  response tokens, eos included; share of responses that reached
                        --max-new-tokens without one
-    kl                 nats a token, k3 estimate of KL(policy || initial model); 0 with --beta 0
-    grad_norm          before clipping
-    changed            share of the float32 weights that the step's last update changed
+    kl                 nats a token, k3 estimate of KL(policy || initial model), with --beta
+    grad_norm          of the step's last update, before clipping
     tokens, flops      response tokens; FLOPs by the paper's count: parameters x tokens (the
                        prompts' too) x 2 to sample, 6 to train (4 with --lora), 2 for the reference
     seconds            of the step without evaluation
@@ -30,6 +28,7 @@ The columns of metrics.csv, empty where a step did not measure something:
 """
 import argparse
 import csv
+import errno
 import functools
 import importlib.util
 import inspect
@@ -45,7 +44,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 
+from engine.arguments import Help, growth, positive_int, whole_number
 from engine.files import append_jsonl, fresh_folder, lock, read_config, read_jsonl, replace_file
 from engine.load import load_model
 from engine.sampler import generate
@@ -55,16 +56,54 @@ from tasks.problems import load_gradable
 from tasks.prompts import encode_prompt, stop_ids
 
 COLUMNS = (
-    "step entropy reward reward_std length truncated kl grad_norm changed tokens flops "
+    "step entropy reward reward_std length truncated kl grad_norm tokens flops "
     "seconds val_greedy val_sampled val_entropy val_length val_truncated"
 ).split()
 
 # ------------------------------------------------------------------- starting and resuming
 
 
-def parse_args(parser, argv, tiny, script):
+def add_arguments(parser):
+    """The settings that every training run has."""
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", help="folder or Hub id; without it the tiny model, set as said below")
+    add("--data", default="numina", help="training prompts: JSONL file or Hub name")
+    add("--data-size", type=positive_int, default=35_000, help="prompts drawn from --data")
+    add("--val", default="math500", help="held-out problems: JSONL file, Hub name, or none")
+    add("--val-size", type=positive_int, default=512, help="use the first VAL_SIZE of them")
+    add("--max-prompt-tokens", type=positive_int, default=1024, help="longer ones are left out")
+    add = parser.add_argument_group("device and memory").add_argument
+    add("--device", help="cuda, mps or cpu; without it the first there is")
+    add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
+        "on a GPU that has it")
+    add("--offload", action=argparse.BooleanOptionalAction, help="float32 masters and Adam in CPU "
+        "memory; without this flag only where the GPU is too small")
+    add("--recompute", action=argparse.BooleanOptionalAction, default=True,
+        help="compute activations again in the backward: less memory, more time")
+    add("--lora", type=positive_int, metavar="R", help="train adapters of rank R (peft) instead of "
+        "the weights: far less memory, and about ten times the --lr")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval-every", type=positive_int, default=10, help="steps between evaluations")
+    add("--keep-best", action="store_true", help="keep the best held-out model, by labels")
+    add("--guard", type=growth, default=4.0, metavar="X", help="stop when length or entropy has "
+        "grown X-fold, or the run has collapsed otherwise; 0: never")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="folder for the run; without it a new one in runs/")
+    add("--resume", metavar="FOLDER", help="go on; the run's settings hold unless given again")
+    add("--save-every", type=positive_int, default=10, help="steps between checkpoints")
+    add("--seed", type=whole_number, default=1, help="random seed")
+    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+
+
+def parse_args(argv, description, add_method, tiny, script):
     """The settings of a run: flags first, then those of the run that is resumed or, without
-    --model, those of `tiny`, then the defaults."""
+    --model, those of `tiny`, then the defaults. `add_method` adds the method's own flags."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=Help, usage=f"python {script} [options]",
+        epilog="Without --model: " + ", ".join(f"{key} {tiny[key]}" for key in tiny),
+    )
+    add_method(parser)
+    add_arguments(parser)
     args = parser.parse_args(argv)
     saved = {}
     if args.resume:
@@ -74,15 +113,15 @@ def parse_args(parser, argv, tiny, script):
             saved = read_config(args.resume, script)
             checkpoint_of(args.resume)
             saved["lock"] = lock(args.resume)  # held as long as the settings are
-        except (OSError, ValueError) as error:
+        except UserError as error:
             parser.error(f"--resume {error}")
     elif args.model is None:
         saved = tiny
     args = parser.parse_args(argv, argparse.Namespace(**saved))
     if args.resume and args.lora != saved.get("lora"):
         parser.error(f"--lora {args.lora}: {args.resume} has {saved.get('lora')}, and keeps it")
-    if args.merge and not args.lora:
-        parser.error("--merge: there is nothing to merge without --lora")
+    if args.updates > args.prompts:
+        parser.error(f"--updates {args.updates}: at most one for each of --prompts {args.prompts}")
     for flag, package in ("wandb", "wandb"), ("lora", "peft"):
         if vars(args)[flag] and not importlib.util.find_spec(package):
             parser.error(f"--{flag} {vars(args)[flag]}: needs a package; pip install {package}")
@@ -94,12 +133,15 @@ def load(args, device, dtype):
 
     The adapters (LoRA, arXiv 2106.09685) are a PeftModel: the model, whose linear layers have
     got a product of two float32 matrices of rank --lora beside their frozen weights. The second
-    one is zero at first. They are None without --lora. OSError where something can't be loaded.
+    one is zero at first. They are None without --lora. UserError where something can't be loaded.
     """
     folder = checkpoint_of(args.resume) if args.resume else None
     model, tokenizer = load_model(args.model if args.lora else folder or args.model, device, dtype)
     if not any(p.requires_grad for p in model.parameters()):
-        raise OSError(f"--model {args.model}: adapters, which --lora R --merge would have merged")
+        raise UserError(f"--model {args.model}: adapters, which --lora trained, and which no run "
+                        "starts from; give the model that they belong to")
+    if args.recompute:
+        recompute_activations(model)
     if not args.lora:
         return model, tokenizer, None
     import peft
@@ -108,32 +150,29 @@ def load(args, device, dtype):
     if folder:
         try:
             adapters = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
-        except Exception as error:  # whatever peft and safetensors raise for a damaged file
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).split("\n")[0]
-            raise OSError(f"{folder}: the adapters can't be loaded ({reason})") from error
+            raise UserError(f"{folder}: the adapters can't be loaded ({reason})") from error
     else:
         settings = dict(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
         adapters = peft.get_peft_model(model, peft.LoraConfig(**settings))
     return model.eval(), tokenizer, adapters
 
 
-def merge(adapters):
-    """The plain model with the adapters' products added to its weights. It replaces the other.
-
-    They are added in float32, and rounded once.
-    """
-    dtype = adapters.dtype
-    return adapters.cpu().float().merge_and_unload().to(dtype)
+def recompute_activations(model):
+    """Keep only a layer's input for the backward, which computes the rest again."""
+    name = "activation_checkpointing_enable"  # what late transformers 5 calls it
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
 
 
 def prepare(problems, tokenizer, label, args):
     """The training prompts: dicts of "prompt", its "ids", and `label` if there is one to be
-    learned from. Raises ValueError where labels are missing, or too few prompts are short
+    learned from. Raises UserError where labels are missing, or too few prompts are short
     enough for a step."""
     prepared = []
     for problem in problems:
         if label and label not in problem:
-            raise ValueError(f"--data {args.data}: {problem['id']} has no {label!r} to learn from")
+            raise UserError(f"--data {args.data}: {problem['id']} has no {label!r} to learn from")
         ids = encode_prompt(tokenizer, problem["prompt"])
         if len(ids) <= args.max_prompt_tokens:
             kept = {"prompt": problem["prompt"], "ids": ids}
@@ -141,14 +180,14 @@ def prepare(problems, tokenizer, label, args):
                 kept[label] = problem[label]
             prepared.append(kept)
     if len(prepared) < args.prompts:
-        raise ValueError(f"--prompts {args.prompts}: {args.data} has only {len(prepared)} of at "
+        raise UserError(f"--prompts {args.prompts}: {args.data} has only {len(prepared)} of at "
                          f"most {args.max_prompt_tokens} tokens")
     return prepared
 
 
-def next_problems(train, step, args):
-    """A step's problems, --rollouts times each, side by side. The steps go through all of them
-    again and again, each time in an order of its own."""
+def problems_of_step(step, train, args):
+    """The step's problems, each --rollouts times, side by side. The steps go through all of them
+    again and again, each time in another order."""
     problems = []
     for place in range((step - 1) * args.prompts, step * args.prompts):
         epoch, i = divmod(place, len(train))
@@ -164,21 +203,22 @@ def load_held_out(args):
         return []
     try:
         return load_gradable(args.val, args.val_size, allow_code=False, flag="--val")
-    except FileNotFoundError as error:
+    except UserError as error:  # no network, and the default can't be had
         if args.val != "math500":
             raise
         print(f"no held-out set: {error}")
         return []
 
 
-def checkpoint_activations(model):
-    """Keep only a layer's input for the backward, which computes the rest again."""
-    name = "activation_checkpointing_enable"  # what late transformers 5 calls it
-    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+def flops_per_token(model, args):
+    """To sample a token and to train on it, with the reference: 2 a parameter for a forward, 4
+    for a backward, and 2 for that of --lora, since frozen weights need no gradient."""
+    return model.num_parameters() * (2 + (4 if args.lora else 6) + (2 if args.beta else 0))
 
 
-def announce(args, model, tokenizer, head, train, val, flops, folder):
-    """Print what follows from the settings, before work starts. `flops` are those of a token."""
+def announce(args, model, tokenizer, head, train, val, folder):
+    """Print what follows from the settings, before work starts."""
+    flops = flops_per_token(model, args)
     sequences = args.prompts * args.rollouts
     longest = max(len(problem["ids"]) for problem in train) + args.max_new_tokens
     template = "in the chat template" if tokenizer.chat_template else "plain: no chat template"
@@ -206,16 +246,16 @@ def sampler_gap(model, head, prompts, stop, args):
     drawn tokens: rounding in float32, some hundredths in bfloat16, a bug where it is more."""
     tokens = min(args.max_new_tokens, 64)
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        responses, _, sampled = generate(model, prompts, stop, tokens, args.temperature)
-    _, scored, mask = score_all(model, head, prompts, responses, args.temperature)
-    return (sampled - scored)[mask].abs().mean().item()
+        rollout = generate(model, prompts, stop, tokens, args.temperature)
+    scored = score_all(model, head, prompts, rollout.responses, args.temperature)
+    return (rollout.logprobs - scored.logprobs)[scored.mask].abs().mean().item()
 
 
 def new_folder(args, script):
     """Make and lock the run's folder: --resume's, --out, or a new one in runs/.
 
-    Writes config.json. Raises FileExistsError rather than overwrite a run, and OSError where
-    another process is at work in the folder.
+    Writes config.json. Raises UserError rather than overwrite a run, and where another process
+    is at work in the folder.
     """
     if args.resume:
         folder = Path(args.resume)
@@ -235,7 +275,7 @@ NOT_SAVED = ("resume", "out", "lock", "script")
 
 
 def refuse_to_overwrite(folder, script):
-    """FileExistsError where the folder holds a run, with what can be done instead."""
+    """UserError where the folder holds a run, with what can be done instead."""
     if not (folder / "config.json").exists():
         return
     lock(folder)  # no advice about a run that is still going on
@@ -244,15 +284,15 @@ def refuse_to_overwrite(folder, script):
         way_out = "another script's results are there; give another --out"
     elif not (folder / "checkpoint").exists() and not (folder / "checkpoint.old").exists():
         way_out = "it ended before its first checkpoint; remove it, or give another --out"
-    raise FileExistsError(f"{folder} is in use: {way_out}")
+    raise UserError(f"{folder} is in use: {way_out}")
 
 
 def checkpoint_of(folder):
-    """The folder that --resume loads. FileNotFoundError where a run has saved none."""
+    """The folder that --resume loads. UserError where a run has saved none."""
     for name in ("checkpoint", "checkpoint.old"):  # .old: killed between two renames
         if (Path(folder) / name / "state.pt").exists():
             return Path(folder) / name
-    raise FileNotFoundError(
+    raise UserError(
         f"{folder}: no checkpoint/state.pt in it, so there is nothing to resume; start again "
         "with another --out"
     )
@@ -260,7 +300,7 @@ def checkpoint_of(folder):
 
 def restore(args, optimizer):
     """Put the optimiser back as it was after the checkpoint's step, and forget what was logged
-    later: (step, rows). Raises ValueError for a damaged file."""
+    later: (step, rows). Raises UserError for a damaged file."""
     if not args.resume:
         return 0, []
     folder = Path(args.resume)
@@ -273,13 +313,13 @@ def restore(args, optimizer):
         raise
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path}: damaged ({reason}); start again with another --out") from None
+        raise UserError(f"{path}: damaged ({reason}); start again with another --out") from None
     rows = [row for row in read_rows(folder / "metrics.csv") if row["step"] <= step]
     if [row["step"] for row in rows] != list(range(step + 1)):
-        raise ValueError(f"{folder}/metrics.csv: rows are missing before step {step}, the "
+        raise UserError(f"{folder}/metrics.csv: rows are missing before step {step}, the "
                          "checkpoint's; it was damaged, so start again with another --out")
     if args.steps < step:
-        raise ValueError(f"--steps {args.steps}: the run is at step {step}; ask for more")
+        raise UserError(f"--steps {args.steps}: the run is at step {step}; ask for more")
     samples = [s for s in read_jsonl(folder / "samples.jsonl") if s["step"] <= step]
     lines = [json.dumps(sample) + "\n" for sample in samples]
     replace_file(folder / "samples.jsonl", "".join(lines))
@@ -313,14 +353,14 @@ def read_rows(path):
             row["step"]  # KeyError where there is none
             rows.append(row)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged, not a run's metrics ({type(error).__name__})") from None
+        raise UserError(f"{path}: damaged, not a run's metrics ({type(error).__name__})") from None
     return rows
 
 
 def save_model(folder, model, tokenizer, state=None):
     """Write an ordinary Hugging Face folder, and perhaps state.pt in it.
 
-    A kill at any moment leaves the old folder or the new one. Raises OSError where the disk
+    A kill at any moment leaves the old folder or the new one. Raises UserError where the disk
     is full; the old folder is whole then.
     """
     new = folder.with_name(folder.name + ".new")
@@ -332,10 +372,10 @@ def save_model(folder, model, tokenizer, state=None):
         tokenizer.save_pretrained(new)
         if state is not None:
             torch.save(state, new / "state.pt")
-    except Exception as error:  # torch and safetensors say it in ways of their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # as torch and safetensors say it
         shutil.rmtree(new, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free / 1e6
-        raise OSError(f"{folder} could not be written ({error}); {free:,.0f} MB are free there, "
+        raise UserError(f"{folder} could not be written ({error}); {free:,.0f} MB are free there, "
                       "and the version before, if any, is whole") from error
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -396,8 +436,9 @@ class StopSignal:
 
 
 def command(main):
-    """A decorator for a script's main: what can go wrong in the middle of a run ends it with
-    one line, and the handlers of signals are afterwards what they were before."""
+    """A decorator for a script's main. A UserError, a full disk, too little memory and Ctrl-C end
+    it with one line; every other exception keeps its traceback. Afterwards signals are handled
+    as they were before."""
 
     @functools.wraps(main)
     def wrapper(argv=None):
@@ -410,15 +451,14 @@ def command(main):
             main(argv)
         except UserError as error:
             sys.exit(f"{name}: {error}")
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError) as error:
             reason = str(error).split("\n")[0]
             sys.exit(f"{name}: out of memory: {reason} Less is needed with a smaller --budget, "
                      "--rollout-batch or --max-new-tokens, with --offload, or with --beta 0")
-        except FloatingPointError as error:
-            sys.exit(f"{name}: {error}; the run's checkpoint, if any, is from before that. A "
-                     "lower --lr may help, or --dtype float32")
         except OSError as error:
-            sys.exit(f"{name}: {error}; --resume goes on from the last checkpoint, if any")
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            sys.exit(f"{name}: {error}; make room, and go on with --resume FOLDER")
         except KeyboardInterrupt:
             sys.exit(f"{name}: stopped at once; the last checkpoint, if any, is as it was")
         finally:

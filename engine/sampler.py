@@ -3,6 +3,7 @@ Sample from a language model: prefill, one token, n tokens.
 """
 import inspect
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from entropy import batches, token_entropy
+from tasks.errors import UserError
 
 
 class GrowingLayer(DynamicLayer):
@@ -76,16 +78,29 @@ def prefill(model, prompts, n):
     return cache, logits, mask, positions[:, -1:].repeat_interleave(n, dim=0)
 
 
+@dataclass
+class Rollout:
+    """n responses to each of B prompts, a prompt's n side by side.
+
+    The tensors are (B * n, T), T the longest response: a row has its own tokens first, and zeros
+    behind them. They are of softmax(logits / temperature), before anything sharpens it.
+    """
+
+    N: int  # responses to each prompt
+    V: int  # tokens of the vocabulary
+    responses: list  # of lists of token ids, which end with the stop token where there is one
+    entropy: torch.Tensor  # of the distribution of each token, nats
+    logprobs: torch.Tensor  # of each token, nats
+    mean_logprobs: torch.Tensor  # mean over the vocabulary at each token, nats
+    mask: torch.Tensor  # True where there is a token
+
+
 @torch.no_grad()
 def generate(
     model, prompts, stop, max_new_tokens, temperature=1.0, n=1, rows=128, sharpen=None,
     desc=None, streamer=None,
 ):
-    """Sample n responses to each prompt: -> (responses, entropy, logprobs).
-
-    Prompts and responses are lists of token ids; a prompt's n responses stand side by side.
-    entropy and logprobs (len(responses), T) are those of the drawn tokens, in nats, under
-    softmax(logits / temperature): each row has its own values first and zeros behind.
+    """Sample n responses to each of B prompts (lists of token ids): -> Rollout.
 
     A response ends with the first of the stop ids, which belongs to it, or without one at
     max_new_tokens (it is truncated). Temperature 0 is greedy, and scored at 1. `sharpen`
@@ -98,6 +113,7 @@ def generate(
     responses = [[] for _ in range(len(prompts) * n)]
     entropy = [[] for _ in responses]
     logprobs = [[] for _ in responses]
+    mean_logprobs = [[] for _ in responses]
     bar = tqdm(total=len(responses), desc=desc, unit="response", leave=False, delay=5,
                disable=desc is None)
     for group in batches([len(p) for p in prompts], math.inf, count=max(1, rows // n)):
@@ -107,14 +123,16 @@ def generate(
             scores = (logits / (temperature or 1.0)).log_softmax(-1)  # (b, V)
             values = token_entropy(scores).tolist()
             if not all(map(math.isfinite, values)):
-                raise FloatingPointError(f"the logits are not finite at token {t}")
+                raise UserError(f"the logits are not finite at token {t}: the model's weights are "
+                                "broken, or a run's --lr is too high")
             ids = draw(logits if sharpen is None else sharpen(logits), temperature)  # (b, 1)
             tokens = ids[:, 0].tolist()
-            drawn = scores.gather(-1, ids)[:, 0].tolist()
-            for i, token, h, logprob in zip(alive, tokens, values, drawn):
+            drawn, means = scores.gather(-1, ids)[:, 0].tolist(), scores.mean(-1).tolist()
+            for i, token, h, logprob, mean in zip(alive, tokens, values, drawn, means):
                 responses[i].append(token)
                 entropy[i].append(h)
                 logprobs[i].append(logprob)
+                mean_logprobs[i].append(mean)
             if streamer is not None:
                 streamer.put(ids[:, 0].cpu())
             # the rows that have ended leave, and the others go on with their part of the cache
@@ -134,7 +152,15 @@ def generate(
     if streamer is not None:
         streamer.end()
     model.train(was_training)
-    return responses, as_rows(entropy, model.device), as_rows(logprobs, model.device)
+    return Rollout(
+        N=n,
+        V=logits.shape[-1],
+        responses=responses,
+        entropy=as_rows(entropy, model.device),
+        logprobs=as_rows(logprobs, model.device),
+        mean_logprobs=as_rows(mean_logprobs, model.device),
+        mask=as_rows([[True] * len(ids) for ids in responses], model.device),
+    )
 
 
 def draw(logits, temperature):
@@ -145,5 +171,5 @@ def draw(logits, temperature):
 
 
 def as_rows(lists, device):
-    """Lists of floats -> (rows, T) float32, zeros behind each row's own."""
+    """Lists of numbers -> (rows, T), zeros behind each row's own."""
     return pad_sequence([torch.tensor(row) for row in lists], batch_first=True).to(device)

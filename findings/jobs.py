@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from engine.files import lock, replace_file
 from engine.run import checkpoint_of
+from tasks.errors import UserError
 
 
 class Job(NamedTuple):
@@ -61,7 +62,7 @@ def run_job(job, folder):
     try:
         checkpoint_of(job.out)
         flag = "--resume"
-    except FileNotFoundError:  # what has no checkpoint yet would be in the way
+    except UserError:  # what has no checkpoint yet would be in the way
         shutil.rmtree(job.out, ignore_errors=True)
         flag = "--out"
     started = time.time()

@@ -181,15 +181,14 @@ def examples(models):
             model, tokenizer = load_model(str(folder), "cpu")
             ids = encode_prompt(tokenizer, problem["prompt"])
             stop = stop_ids(model, tokenizer)
-            responses, entropy, _ = generate(
-                model, [ids], stop, max_new_tokens=64, temperature=0.0
-            )
-            tokens = [tokenizer.decode(token) for token in responses[0]]
-            if responses[0][-1] in stop:
+            rollout = generate(model, [ids], stop, max_new_tokens=64, temperature=0.0)
+            (response,) = rollout.responses
+            tokens = [tokenizer.decode(token) for token in response]
+            if response[-1] in stop:
                 tokens[-1] = " end"
             right = "right" if is_correct("".join(tokens), problem) else "wrong"
             below = ""
-            for token, nats in zip(tokens, entropy[0].tolist()):
+            for token, nats in zip(tokens, rollout.entropy[0].tolist()):
                 below += f"{min(9, round(10 * nats))}".ljust(len(token))
             lines += [f"  {name:12} {right}  " + "".join(tokens), " " * 22 + below.rstrip()]
     return "```\n" + "\n".join(lines) + "\n```"

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from em_rl import advantage, entropy_weights, reward
+from em_rl import REWARDS, advantage, entropy_weight
 from engine.arguments import Help, two_or_more, whole_number
 from engine.files import replace_file
 from engine.load import load_model
@@ -36,18 +36,19 @@ ROOT, N = Path(__file__).resolve().parent.parent, 4  # responses to each of 16 p
 
 def estimates(model, head, prompts, stop, norm):
     """Sample the prompts (token ids) once: {estimator: gradient (P,), float64}, P parameters."""
-    responses, _, _ = generate(model, prompts, stop, 64, n=N, rows=len(prompts) * N)
+    rollout = generate(model, prompts, stop, 64, n=N, rows=len(prompts) * N)
     prompts = [prompt for prompt in prompts for _ in range(N)]
-    entropy, logprobs, mask = score(model, head, prompts, responses)  # (B*N, T)
-    confidence = {"token": -entropy.detach(), "sequence": logprobs.detach()}
-    weights = entropy_weights("exact", mask.sum(1), norm)  # (B*N, 1)
-    objectives = {"entropy's own": weights * entropy}
-    for name in confidence:
-        rewards = reward(name, N, confidence, mask, texts=[], problems=[], norm=norm)  # (B, N)
-        objectives[name] = advantage("rloo", rewards).view(-1, 1) * logprobs
+    new = score(model, head, prompts, rollout.responses)  # (B*N, T)
+    args = argparse.Namespace(entropy_coef="exact", reward_norm=norm)
+    objectives = {"entropy's own": entropy_weight(new.mask, args) * new.entropy}
+    for name in "token", "sequence":
+        rewards = REWARDS[name](rollout)  # (B*N,)
+        if norm == "sum":
+            rewards = rewards * new.mask.sum(1)
+        objectives[name] = advantage("rloo", rewards.view(-1, N)).view(-1, 1) * new.logprobs
     gradients = {}
     for name, objective in objectives.items():
-        objective = (objective * mask).sum() / len(responses)
+        objective = (objective * new.mask).sum() / len(prompts)
         parts = torch.autograd.grad(objective, list(model.parameters()), retain_graph=True)
         gradients[name] = torch.cat([part.flatten() for part in parts]).double()
     gradients["token + exact"] = gradients["token"] + gradients["entropy's own"]

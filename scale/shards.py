@@ -35,6 +35,7 @@ from engine import report, run
 from engine.sampler import generate
 from entropy import score, score_all
 from eval import evaluate
+from tasks.errors import UserError
 
 LONGEST_WAIT = datetime.timedelta(hours=2)  # of one process for another: loading, rollouts
 
@@ -52,10 +53,10 @@ def join_processes():
 
 
 def use_own_gpu():
-    """Make a process work on the GPU of its number; ValueError where there are too few."""
+    """Make a process work on the GPU of its number; UserError where there are too few."""
     place, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if place >= gpus:
-        raise ValueError(f"process {place} has no GPU: give --nproc_per_node {gpus} or fewer")
+        raise UserError(f"process {place} has no GPU: give --nproc_per_node {gpus} or fewer")
     torch.cuda.set_device(place)
 
 
@@ -134,12 +135,12 @@ def agree(num_tokens, micro_batches):
 
 
 def layers_of(model):
-    """The model's list of layers; ValueError where there is none to be found."""
+    """The model's list of layers; UserError where there is none to be found."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
             return module
-    raise ValueError(f"{type(model).__name__}: no list of its {count} layers, which are sharded")
+    raise UserError(f"{type(model).__name__}: no list of its {count} layers, which are sharded")
 
 
 def spread(whole, config, mesh, dtype, offload=False, policy=None):
@@ -262,35 +263,19 @@ def evaluate_held_out(step, model, tokenizer, problems, args, folder):
 # ----------------------------------------------------------------------------- the optimiser
 
 
-def step_clipped(optimizer, max_norm):
-    """MasterAdamW.step for shards: one step from the gradients so far, clipped to a total norm
-    of `max_norm` over all processes (a collective).
-
-    Gives (norm before clipping, share of the weights that changed, in the same sample as
-    MasterAdamW's). Raises FloatingPointError, on every process and changing nothing, where
-    the norm is not finite.
-    """
+def clip(optimizer, max_norm):
+    """MasterAdamW.clip for shards: scale the gradients to a total norm of at most `max_norm` over
+    all processes (a collective), and give the norm before. Raises UserError, on every process,
+    where it is not finite."""
     params = optimizer.param_groups[0]["params"]
     grads = [p.grad for p in params if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).full_tensor().item()
-    if not norm < float("inf"):
-        raise FloatingPointError(f"the gradient's norm is {norm}")
+    if not math.isfinite(norm):
+        raise UserError(f"the gradient's norm is {norm}, so the step is not taken and the last "
+                        "checkpoint holds; a lower --lr may help, or --dtype float32")
     for grad in grads:
         grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
-    before = [some_of(p).clone() for p in params]
-    optimizer.step()
-    optimizer.zero_grad()
-    changed = sum((some_of(p) != old).sum().item() for p, old in zip(params, before))
-    counts = total({"changed": changed, "all": sum(len(old) for old in before)})
-    return norm, counts["changed"] / counts["all"]
-
-
-def some_of(p):
-    """This process's part of every n-th number of a weight, at most some 10,000 of them all."""
-    n = 1 + p.numel() // 10_000
-    rows = dist.get_rank() * math.ceil(len(p) / dist.get_world_size())
-    start = rows * (p.numel() // len(p))  # what the processes before this one hold
-    return p.detach().to_local().flatten()[-start % n :: n]
+    return norm
 
 
 # ------------------------------------------------------------------------------- checkpoints
@@ -308,7 +293,7 @@ def save(step, model, optimizer, whole, tokenizer, folder):
     try:
         dcp.save({"model": weights, "optimizer": adam}, checkpoint_id=shards)
     except dcp.CheckpointException as error:
-        raise OSError(f"{shards} could not be written ({first_reason(error)})") from None
+        raise UserError(f"{shards} could not be written ({first_reason(error)})") from None
     collect(model, whole)
     with rank_0_leads():
         if dist.get_rank() == 0:
@@ -320,7 +305,7 @@ def save(step, model, optimizer, whole, tokenizer, folder):
 
 
 def restore(step, model, optimizer, folder):
-    """Read what `save` has written (a collective). Raises OSError where that fails."""
+    """Read what `save` has written (a collective). Raises UserError where that fails."""
     shards = folder / f"sharded-{step}"
     lr = optimizer.param_groups[0]["lr"]  # this run's
     weights, adam = get_state_dict(model, optimizer)
@@ -328,7 +313,7 @@ def restore(step, model, optimizer, folder):
     try:
         dcp.load(state, checkpoint_id=shards)
     except dcp.CheckpointException as error:
-        raise OSError(f"{shards} could not be read ({first_reason(error)})") from None
+        raise UserError(f"{shards} could not be read ({first_reason(error)})") from None
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )

@@ -2,7 +2,7 @@
 Rollouts by vLLM: an engine in the trainer's process, which samples what the policy is now.
 
     engine = start(args.model, dtype, longest, share=0.4)
-    roll_out = sampler(engine, head, budget)  # in place of eval.generate
+    roll_out = sampler(engine, head, budget)  # in place of engine.sampler.generate
 
 The weights go from the trainer's tensors into the engine's, without a file and without another
 process. Where the platform can (CUDA), the engine sleeps outside of `load` and `sample`, and its
@@ -16,8 +16,9 @@ import os
 
 import torch
 
-from engine.sampler import as_rows
+from engine.sampler import Rollout, as_rows
 from entropy import score_all
+from tasks.errors import UserError
 
 
 def start(model, dtype, longest, share=0.4, rows=256, **settings):
@@ -25,7 +26,7 @@ def start(model, dtype, longest, share=0.4, rows=256, **settings):
 
     `longest` is the longest sequence in tokens, `rows` how many are sampled at once, and
     `share` the engine's part of the GPU's memory; `settings` are further ones of vllm.LLM.
-    Raises ImportError without vLLM, and ValueError where it can't start.
+    Raises UserError without vLLM, and where it can't start.
     """
     # in this process, so that weights need not be sent to another one
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -34,7 +35,7 @@ def start(model, dtype, longest, share=0.4, rows=256, **settings):
         from vllm import LLM
         from vllm.platforms import current_platform
     except ImportError as error:
-        raise ImportError(f"vLLM can't be imported here ({error}): pip install vllm") from error
+        raise UserError(f"vLLM can't be imported here ({error}): pip install vllm") from error
     settings = {
         "dtype": dtype,
         "max_model_len": longest,
@@ -52,7 +53,7 @@ def start(model, dtype, longest, share=0.4, rows=256, **settings):
     try:
         engine = LLM(model, **settings)
     except (ValueError, RuntimeError) as error:  # too little memory, a model that it can't run
-        raise ValueError(f"vLLM: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"vLLM: {' '.join(str(error).split())[:300]}") from error
     rest(engine)
     return engine
 
@@ -88,7 +89,7 @@ def pack_head(model):
 
 
 def sample(engine, prompts, stop, max_new_tokens, temperature, n, seed):
-    """Sample n responses to each prompt: -> (responses, logprobs), as `eval.generate` does.
+    """Sample n responses to each prompt: -> (responses, logprobs), as engine.sampler.generate does.
 
     Lists of token ids, a prompt's n responses side by side, the stop token included; and the
     log-probs of the drawn tokens (len(responses), T) in nats under softmax(logits /
@@ -131,7 +132,7 @@ def output_index(output):
 def sampler(
     engine, head, budget, weights=torch.nn.Module.named_parameters, score=score_all, total=dict
 ):
-    """A function like eval.generate, by vLLM and with the model's present weights.
+    """A function like engine.sampler.generate, by vLLM and with the model's present weights.
 
     Its entropies and log-probs are the trainer's own, as rewards and gradients need them, by a
     scoring pass in micro-batches of `budget` tokens. It prints how far vLLM's log-probs of the
@@ -149,14 +150,17 @@ def sampler(
             engine, prompts, stop, max_new_tokens, temperature, n=n, seed=torch.initial_seed()
         )
         prompts = [prompt for prompt in prompts for _ in range(n)]
-        entropy, logprobs, mask = score(model, head, prompts, responses, temperature, budget)
-        gap = (sampled.to(logprobs.device) - logprobs)[mask].abs().sum()
-        sums = total({"gap": gap, "tokens": mask.sum()})
+        scores = score(model, head, prompts, responses, temperature, budget)
+        gap = (sampled.to(model.device) - scores.logprobs)[scores.mask].abs().sum()
+        sums = total({"gap": gap, "tokens": scores.mask.sum()})
         gaps.append(float(sums["gap"] / sums["tokens"]))
         if desc:
             print(f"vLLM and trainer differ by {gaps[-1]:.1g} nats a token")
         if desc and gaps[-1] > 2 * gaps[0] + 1e-3:
             print(f"warning: that is more than the {gaps[0]:.1g} of the first step")
-        return responses, entropy, logprobs
+        return Rollout(
+            N=n, V=model.config.get_text_config().vocab_size, responses=responses,
+            mean_logprobs=None, **scores._asdict(),
+        )
 
     return generate

@@ -11,6 +11,7 @@ from math_verify import parse, verify
 from rapidfuzz.distance import Levenshtein
 
 from tasks import sandbox
+from tasks.errors import UserError
 
 NOT_ALLOWED = (
     "its answers are programs, and grading runs them: --allow-code-execution "
@@ -152,10 +153,10 @@ def grade(problems, responses, allow_code=False):
 
     Where there are tests, the response's program is run with them, after the problem's setup
     and the programs of the problems that it comes "after". Without allow_code, tests raise
-    ValueError.
+    UserError.
     """
     if not allow_code and any("tests" in problem for problem in problems):
-        raise ValueError(NOT_ALLOWED)
+        raise UserError(NOT_ALLOWED)
     right, programs, jobs = {}, {}, {}
     for i, problem in enumerate(problems):
         if "tests" not in problem:

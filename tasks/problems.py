@@ -23,6 +23,7 @@ from pathlib import Path
 import huggingface_hub
 
 from tasks.answers import NOT_ALLOWED, last_box
+from tasks.errors import UserError
 from tasks.sandbox import has_namespaces, passes
 
 PROMPT_FIELDS = "prompt", "problem", "question"  # the first one that a row has
@@ -278,7 +279,7 @@ def read_file(name):
             json.dumps(row, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", error)  # JSON's own would count lines anew
-            raise ValueError(
+            raise UserError(
                 f"{where}: not JSON in UTF-8 ({reason}): {shown(line)}; "
                 'write {"prompt": "...", "answer": "..."} on a line of its own'
             ) from error
@@ -294,7 +295,7 @@ def read_hub(name):
     try:
         rows = datasets.load_dataset(hub_id, configuration, split=split)
     except (OSError, ValueError) as error:  # a bad id, a missing one, or no network
-        raise FileNotFoundError(
+        raise UserError(
             f"{name}: no file here, and {hub_says(reached)} data set; known names: {NAMES}"
         ) from error
     for number, row in enumerate(rows):
@@ -308,21 +309,21 @@ def shown(value):
 
 
 def as_problem(row, default_id):
-    """A row as a problem. ValueError where it can't be asked or graded."""
+    """A row as a problem. UserError where it can't be asked or graded."""
     if not isinstance(row, dict):
-        raise ValueError(f'{shown(row)} is not an object with a "prompt"')
+        raise UserError(f'{shown(row)} is not an object with a "prompt"')
     problem = {"id": default_id}
     problem |= {key: value for key, value in row.items() if value is not None}
     prompts = [row[key] for key in PROMPT_FIELDS if isinstance(row.get(key), str)]
     if not prompts:
-        raise ValueError(f'no "prompt" string in it; it has {sorted(row)}')
+        raise UserError(f'no "prompt" string in it; it has {sorted(row)}')
     problem["prompt"] = prompts[0]
     if not problem["prompt"].strip():
-        raise ValueError("its prompt is empty; write one, or take the row out")
+        raise UserError("its prompt is empty; write one, or take the row out")
     for key, (kinds, wanted) in KINDS.items():
         value = problem.get(key)
         if key in problem and (isinstance(value, bool) or not isinstance(value, kinds)):
-            raise ValueError(f'"{key}" is {shown(value)}; make it {wanted}, or leave it out')
+            raise UserError(f'"{key}" is {shown(value)}; make it {wanted}, or leave it out')
     if "tests" in problem:
         passes(None, problem["tests"])  # runs nothing, and refuses what can't be run
     answer = problem.pop("answer", None)
@@ -330,7 +331,7 @@ def as_problem(row, default_id):
         answer = last_box(problem.get("solution", ""))
     if isinstance(answer, list):  # any of them is right
         if not answer or not all(isinstance(right, str | int | float) for right in answer):
-            raise ValueError(f'"answer" is {shown(answer)}; give strings or numbers in the list')
+            raise UserError(f'"answer" is {shown(answer)}; give strings or numbers in the list')
         answer = [str(right).strip() for right in answer]
     elif answer is not None:
         answer = str(answer).split("####")[-1].strip()
@@ -346,8 +347,8 @@ def load_problems(name_or_path):
     GSM8K's "####"; where there is none, it is the solution's last box. Of a list of answers any
     is right. A field that is null counts as absent, and others stay as they are.
 
-    Raises FileNotFoundError (no such file or data set, no network), or ValueError with the
-    line of what can't be asked or graded.
+    Raises UserError: no such file or data set, no network, or a line that can't be asked or
+    graded.
     """
     name = str(name_or_path)
     size, make = None, as_it_is
@@ -357,10 +358,10 @@ def load_problems(name_or_path):
         rows = read_hub(name)
         size, make = HUB[name][3:]
     elif name == "indval":
-        raise FileNotFoundError(INDVAL)
+        raise UserError(INDVAL)
     elif Path(name).exists() or name.endswith((".jsonl", ".json")):
         reason = "is a directory" if Path(name).is_dir() else "no such file"
-        raise FileNotFoundError(
+        raise UserError(
             f"{name}: {reason}; give a JSONL file, one of {NAMES}, or a data set's id on the Hub"
         )
     else:
@@ -372,32 +373,32 @@ def load_problems(name_or_path):
                 problem = as_problem(fields, f"{name}/{len(problems)}")
                 other = places.get(problem["id"])
                 if other is not None:
-                    raise ValueError(f"its id {problem['id']!r} is that of {other}, too; give "
+                    raise UserError(f"its id {problem['id']!r} is that of {other}, too; give "
                                      "each problem its own, or leave the ids out")
                 places[problem["id"]] = where
                 problems.append(problem)
         except KeyError as error:
-            raise ValueError(
+            raise UserError(
                 f"{where}: no field {error} in it, as {name} should have; it has {sorted(row)}"
             ) from error
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        except (ValueError, UserError) as error:
+            raise UserError(f"{where}: {error}") from error
     if not problems:
-        raise ValueError(f"{name}: no problems in it")
+        raise UserError(f"{name}: no problems in it")
     if size and len(problems) != size:
         print(f"{name}: {len(problems)} problems, not {size} as it should have", file=sys.stderr)
     return problems
 
 
 def load_gradable(data, limit, allow_code, flag="--data"):
-    """The first `limit` problems of a data set. ValueError where some can't be graded, and
+    """The first `limit` problems of a data set. UserError where some can't be graded, and
     UserError where no program can be run here."""
     problems = load_problems(data)[:limit]
     for problem in problems:
         if "answer" not in problem and "tests" not in problem:
-            raise ValueError(f"{flag} {data}: {problem['id']} has no answer and no tests")
+            raise UserError(f"{flag} {data}: {problem['id']} has no answer and no tests")
         if "tests" in problem and not allow_code:
-            raise ValueError(f"{flag} {data}: {NOT_ALLOWED}")
+            raise UserError(f"{flag} {data}: {NOT_ALLOWED}")
     if any("tests" in problem for problem in problems):
         has_namespaces()  # or an error, before a model has answered
     return problems

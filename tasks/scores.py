@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from tasks.answers import last_box, most_agreed
+from tasks.errors import UserError
 
 CONFIDENCE = {  # em_rl.py's rewards, as means over tokens: (a sample's key, its sign)
     "token": ("entropy", -1),
@@ -197,7 +198,7 @@ def table(results):
 
 def compare(a, b):
     """Two {name: samples} -> Markdown: the paired difference of accuracy for each name, over
-    the problems of both. ValueError where there are none."""
+    the problems of both. UserError where there are none."""
     lines = ["| | problems | A | B | B - A | 95 % |", "|---|---|---|---|---|---|"]
     for name in a:
         first, second = by_problem(a[name]), by_problem(b.get(name, []))
@@ -211,7 +212,7 @@ def compare(a, b):
                 f"| {gain:+.1%} | {low:+.1%} to {high:+.1%} |"
             )
     if len(lines) == 2:
-        raise ValueError(
+        raise UserError(
             "--compare: no problem of one data set and decoder is in both; "
             f"A has {', '.join(a)}, and B has {', '.join(b)}"
         )

@@ -1,5 +1,6 @@
 """The sampler, the scripts eval.py and em_inf.py, who imports whom."""
 import ast
+import errno
 import fcntl
 import graphlib
 import json
@@ -53,14 +54,18 @@ def test_tokens_are_transformers_and_scores_the_trainers(kind, settings, monkeyp
     head, em = output_head(model, prompts[0]), em_inf.EMInf()
     for how in ([279], 24, 0), (STOPS, 24, 0.7, em):
         sharpen = em.sharpen if em in how else None
-        together, *ours = generate(model.train(), prompts, *how[:3], sharpen=sharpen)
+        rollout = generate(model.train(), prompts, *how[:3], sharpen=sharpen)
+        together = rollout.responses
         assert model.training and together == reference(model.eval(), prompts, *how)
         for prompt, response in zip(prompts, together):
-            alone = generate(model, [prompt], *how[:3], n=2, sharpen=sharpen)[0]
+            alone = generate(model, [prompt], *how[:3], n=2, sharpen=sharpen).responses
             assert alone == [response] * 2
         scored = score_all(model, head, prompts, together, how[2] or 1.0)
-        torch.testing.assert_close(ours, list(scored[:2]), atol=1e-5, rtol=0)
-    assert together != generate(model, prompts, *how[:3])[0]
+        assert torch.equal(rollout.mask, scored.mask)
+        for name in "entropy", "logprobs":
+            ours, theirs = getattr(rollout, name), getattr(scored, name)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert together != generate(model, prompts, *how[:3]).responses
 
 
 def p_value(first, second):
@@ -76,8 +81,8 @@ def test_samples_have_transformers_distribution_whatever_the_checkpoint_says():
     torch.manual_seed(0)
     theirs = reference(model, [p for p in prompts for _ in range(2048)], [3], 3, 1.0)
     vars(model.generation_config).update(top_k=1, temperature=0.1, repetition_penalty=3.0)
-    ours = generate(model, prompts, [3], 3, n=2048, rows=4096)[0]
-    cold = generate(model, prompts, [3], 3, 0.7, n=2048)[0]
+    ours = generate(model, prompts, [3], 3, n=2048, rows=4096).responses
+    cold = generate(model, prompts, [3], 3, 0.7, n=2048).responses
     for outcome in tuple, len, lambda response: response[-1] == 3:
         a, b, c = [[(i // 2048, outcome(r)) for i, r in enumerate(x)] for x in (theirs, ours, cold)]
         assert p_value(a, b) > 1e-3 > p_value(a, c)
@@ -86,7 +91,7 @@ def test_samples_have_transformers_distribution_whatever_the_checkpoint_says():
 def test_a_prompt_is_run_once_and_ended_rows_leave():
     model, prompts, shapes = random_model("qwen2"), rows_of(9, 4, 6), []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, x: shapes.append([*x[0].shape]))
-    responses = generate(model, prompts, STOPS, 20, n=8)[0]
+    responses = generate(model, prompts, STOPS, 20, n=8).responses
     alive = [sum(len(response) > t for response in responses) for t in range(1, 20)]
     assert shapes == [[3, 9]] + [[rows, 1] for rows in alive] and alive[-1] > 0
     for *others, last in responses:
@@ -139,9 +144,9 @@ def test_decoders_spend_what_they_say(decoder, drafts, tiny, monkeypatch):
     calls = []
 
     def record(model, prompts, *args, n=1, **settings):
-        result = generate(model, prompts, *args, n=n, **settings)
-        calls.append((n, prompts, result[0]))
-        return result
+        rollout = generate(model, prompts, *args, n=n, **settings)
+        calls.append((n, prompts, rollout.responses))
+        return rollout
 
     monkeypatch.setattr(em_inf, "generate", record)
     problems = [p for p in load_problems(DATA)[:3] for _ in range(2)]
@@ -306,11 +311,11 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(write, room, tmp_path, m
     def full(*args):
         calls.append(1)
         if len(calls) == 2:  # config.json is the first that is replaced, results.json the second
-            raise OSError("No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
         real(*args)
 
     monkeypatch.setattr(ev, write, full)
-    with pytest.raises(SystemExit, match=r"^eval.py: No space left on device; .*--resume \S+$"):
+    with pytest.raises(SystemExit, match=r"^eval.py: .*No space left.*--resume FOLDER$"):
         ev.main(SETTINGS + [str(tmp_path / "full")])
     ev.main(["--resume", str(tmp_path / "full")])
     assert found(tmp_path / "full") == found(room / "whole")

@@ -90,9 +90,9 @@ def test_every_token_stands_there_with_the_numbers_of_score_all(page, tiny):
         for k, sharpen in enumerate([None, em_inf.EMInf(lr=20, optimizer="sgd").sharpen]):
             prompt = encode_prompt(tokenizer, problem["prompt"])
             torch.manual_seed(1)
-            (ids,), _, _ = generate(
+            (ids,) = generate(
                 model, [prompt], stop_ids(model, tokenizer), 64, 1.0, sharpen=sharpen
-            )
+            ).responses
             assert "".join(page.tokens[2 * i + k]) == tokenizer.decode(ids)
             rows = page.data["rows"][2 * i + k]
             entropy, logprobs, _ = score_all(model, head, [prompt], [ids])

@@ -99,7 +99,7 @@ def fails(flags, words, script=em_rl):
     (em_rl, "--updates 2 --keep-best --reward random"),
     (em_rl, "--dtype bfloat16 --offload --val none"),
     (em_ft, "--beta 0.1 --rollouts 2 --keep-best"),
-    pytest.param(em_rl, "--lora 4 --dtype bfloat16 --merge", marks=NEEDS_PEFT),
+    pytest.param(em_rl, "--lora 4 --dtype bfloat16", marks=NEEDS_PEFT),
 ])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags):
     for name, steps in ("a", 4), ("b", 4), ("c", 2):
@@ -115,16 +115,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(script, flags):
     (em_rl, "--reward correct --advantage grpo --guard 0"),
     (em_rl, "--reward correct+token --rollouts 2 --max-prompt-tokens 30 --seed 0"),
     (em_rl, "--reward consistency --temperature 0.7 --offload"),
-    (em_rl, "--reward length --checkpointing --grad-clip 0.1 --entropy-coef 0.001"),
+    (em_rl, "--reward length --recompute --grad-clip 0.1 --entropy-coef 0.001"),
     (em_rl, "--reward self-certainty --entropy-coef exact"),
-    (em_ft, "--loss sft --checkpointing --rollouts 4 --rollout-batch 3"),
+    (em_ft, "--loss sft --recompute --rollouts 4 --rollout-batch 3"),
     (em_ft, "--temperature 0.7 --updates 4 --dtype bfloat16"),
 ])
 def test_every_option_runs(script, flags):
     train(f"--steps 2 --val none --out new {flags}", script)
     row = metrics("new")[-1]
     assert row["step"] == 2 and row["entropy"] > 0 and math.isfinite(row["grad_norm"])
-    assert row["changed"] > 0.9 or row["grad_norm"] == 0
+    assert row["grad_norm"] >= 0
 
 
 @pytest.mark.parametrize("name", em_rl.REWARDS)
@@ -142,25 +142,25 @@ def test_only_correct_reads_labels(name):
 
 @NEEDS_PEFT
 @BOTH
-def test_adapters_start_as_the_base_leave_it_as_it_is_and_merge(script):
+def test_adapters_start_as_the_base_leave_it_as_it_is(script):
     flags = "--steps 2 --val none --beta 0.1 --lr 1e-3 --device cpu"
     train(f"{flags} --out plain", script)
-    train(f"{flags} --lora 4 --merge --out adapters --checkpointing", script)
+    train(f"{flags} --lora 4 --out adapters --recompute", script)
     first, second = metrics("adapters")[1:]
     for key in "entropy", "length":
         assert first[key] == pytest.approx(metrics("plain")[1][key], rel=1e-5)
-    assert abs(first["kl"]) < 1e-7 < second["kl"] and first["changed"] > 0.4
+    assert abs(first["kl"]) < 1e-7 < second["kl"]
     args = argparse.Namespace(resume="adapters", lora=4, model=TINY, seed=1)
     model, _, adapters = run.load(args, "cpu", torch.float32)
     ids = torch.arange(40, 60)[None]
-    plain, loaded, merged = (
+    plain, loaded = (
         load_model(name, "cpu")[0](ids).logits.softmax(-1)
-        for name in (TINY, "adapters/checkpoint", "adapters/merged")
+        for name in (TINY, "adapters/checkpoint")
     )
     trained = model(ids).logits.softmax(-1)
     with adapters.disable_adapter():
         frozen = model(ids).logits.softmax(-1)
-    for probs, same in (frozen, plain), (trained, loaded), (trained, merged):
+    for probs, same in (frozen, plain), (trained, loaded):
         assert (probs - same).abs().max() < 1e-5 < 1e-3 < (trained - plain).abs().max()
 
 
@@ -168,7 +168,7 @@ def test_adapters_start_as_the_base_leave_it_as_it_is_and_merge(script):
 def test_adapters_are_refused_where_they_cannot_be_trained():
     train("--steps 2 --val none --lora 4 --out new")
     fails("--model new/checkpoint --val none --data bare", "bare")
-    fails(f"--model new/checkpoint --val none --data {ROOT}/tiny/train.jsonl", "--merge")
+    fails(f"--model new/checkpoint --val none --data {ROOT}/tiny/train.jsonl", "adapters --lora")
     fails("--resume new --lora 8", "--lora 8 4")
     Path("new/checkpoint/adapter_model.safetensors").write_bytes(b"")
     fails("--resume new --steps 4", "new/checkpoint adapters")
@@ -176,7 +176,7 @@ def test_adapters_are_refused_where_they_cannot_be_trained():
 
 @BOTH
 def test_micro_batches_of_any_size_give_the_same_step(script):
-    for budget in "1", "90", "9999 --checkpointing":
+    for budget in "1", "90", "9999 --recompute":
         train(f"--steps 2 --val none --beta 0.1 --out {budget[:2]} --budget {budget}", script)
         for row, same in zip(metrics(budget[:2]), metrics("1")):
             assert row == pytest.approx(same, rel=1e-4, abs=1e-7)
@@ -185,13 +185,14 @@ def test_micro_batches_of_any_size_give_the_same_step(script):
 def test_each_pass_over_the_prompts_has_an_order_of_its_own():
     train = [{"prompt": str(i)} for i in range(5)]
     args = argparse.Namespace(prompts=4, rollouts=2, seed=1)
-    steps = [run.next_problems(train, step, args) for step in range(1, 6)]
+    steps = [run.problems_of_step(step, train, args) for step in range(1, 6)]
     assert all(problems[::2] == problems[1::2] for problems in steps)
     order = [int(problem["prompt"]) for problems in steps for problem in problems[::2]]
     passes = [order[i : i + 5] for i in range(0, 20, 5)]
     assert all(sorted(some) == [0, 1, 2, 3, 4] for some in passes)
     assert len({tuple(some) for some in passes}) > 1
-    assert len(run.next_problems(train, 2**31 - 1, args)) == 8  # no order is made before its time
+    last = run.problems_of_step(2**31 - 1, train, args)  # no order is made before its time
+    assert len(last) == 8
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2"])
@@ -201,7 +202,7 @@ def test_em_rl_runs_on_architecture(kind):
     data = ROOT / "tiny/train.jsonl"
     train(f"--model model --data {data} --val none --steps 2 --lr 1e-4 --out new")
     _, first, last = metrics("new")
-    assert abs(first["kl"]) < 1e-6 < last["kl"] and last["changed"] > 0.8
+    assert abs(first["kl"]) < 1e-6 < last["kl"]
 
 
 def test_the_guard_ends_a_run_as_its_last_step_does(monkeypatch):
@@ -291,7 +292,8 @@ def test_a_run_that_another_process_has_is_left_as_it_is(finished):
 
 
 def spoil(*args, score=em_rl.score):
-    return [math.inf * values for values in score(*args)]
+    new = score(*args)
+    return new._replace(logprobs=math.inf * new.logprobs)
 
 
 @pytest.mark.parametrize("place, name, fault, words", [
@@ -363,7 +365,6 @@ REFUSED = [
     (None, "--device meta", "--device meta cuda"),
     (None, "--val bare.jsonl", "--val bare.jsonl answer"),
     (None, "--wandb project", "--wandb project pip install"),
-    (None, "--merge", "--merge --lora"),
     (None, "--lora 4", "--lora 4 pip install peft"),
     (None, "--resume run --out new", "--out new --resume run"),
     (None, "--resume evaluation", "evaluation eval.py"),
@@ -429,7 +430,9 @@ def trained(model, optimizer=None, lr=1e-6):
         ids = torch.randint(0, 200, (4, 12), generator=rng)
         model(input_ids=ids, labels=ids).loss.backward()
         if i % 2 and optimizer:
-            optimizer.step(1.0)
+            optimizer.clip(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         elif i % 2:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             plain.step()
@@ -453,11 +456,12 @@ def test_a_weight_that_a_step_leaves_out_gets_no_gradient_of_the_step_before():
     model.device = torch.device("cpu")
     optimizer, x = MasterAdamW(model, 0.1, offload=True), torch.ones(2)
     (model[0](x) + model[1](x)).backward()
-    optimizer.step(1.0)
+    optimizer.step()
+    optimizer.zero_grad()
     memory = [master.grad.data_ptr() for master in optimizer.masters]
     before = [layer.weight.detach().clone() for layer in model]
     model[0](x).backward()
-    optimizer.step(1.0)
+    optimizer.step()
     assert not torch.equal(model[0].weight, before[0]) and torch.equal(model[1].weight, before[1])
     assert optimizer.masters[0].grad.data_ptr() == memory[0]
 
@@ -482,4 +486,4 @@ def test_gradients_of_bf16_weights_are_summed_in_float32():
     optimizer = MasterAdamW(model, 1e-3, offload=False)
     for x in [256.0] + [1.0] * 100:  # 256 + 1 is 256 in bf16
         model(torch.tensor([[x]], dtype=torch.bfloat16)).sum().backward()
-    assert model.weight.grad is None and optimizer.step(1.0)[0] == 356
+    assert model.weight.grad is None and optimizer.clip(1.0) == 356

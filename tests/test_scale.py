@@ -26,10 +26,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import em_ft
 import em_rl
 import eval
 from engine import report, run
 from engine.load import load_model
+from engine.sampler import generate
 from entropy import output_head, score
 from scale import em_rl_fsdp, shards
 from tests.models import ROOT, TINY, random_model, rows_of
@@ -38,39 +40,41 @@ FLAGS = (
     "--device cpu --data-size 64 --prompts 8 --val-size 3 --max-new-tokens 20 --steps 5 "
     "--eval-every 2 --save-every 2 --guard 0 --budget 300 --seed 2 "
 )
-OTHER = f"--data {ROOT / 'tiny/train.jsonl'} --val none --lr 1e-4 --no-checkpointing --steps 2 "
+OTHER = f"--data {ROOT / 'tiny/train.jsonl'} --val none --lr 1e-4 --no-recompute --steps 2 "
 SAME = {  # runs that em_rl.py and two processes do alike, with a seed for each prompt
     "token": "",
     "sequence": "--reward sequence --budget 2000",  # a single micro-batch
-    "split": "--updates 2 --checkpointing --keep-best --steps 2",
+    "split": "--updates 2 --recompute --keep-best --steps 2",
     "tied": f"{OTHER} --model qwen3 --reward self-certainty",
     "untied": f"{OTHER} --model llama --entropy-coef exact",
 }
+EM_FT = "--beta 0.1 --steps 2"
 DRAWN = "--data same.jsonl --val none"  # one prompt again and again, and true draws
 OTHERWISE = "--sync-each --offload --steps 2"  # "token" again
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
 
 
-def generate_by_prompt(model, prompts, *args, generate=eval.generate, **settings):
-    """eval.generate, with a seed for each prompt: what is drawn does not depend on where the
+def generate_by_prompt(model, prompts, *args, generate=generate, **settings):
+    """The sampler, with a seed for each prompt: what is drawn does not depend on where the
     other prompts are, as it does for the real one, which draws for many rows at once."""
-    responses, entropy, logprobs = [], [], []
+    rollouts = []
     for prompt in prompts:
         torch.manual_seed(hash(tuple(prompt)) % 2**31)
-        some = generate(model, [prompt], *args, **settings)
-        responses += some[0]
-        entropy += list(some[1])
-        logprobs += list(some[2])
-    pad = torch.nn.utils.rnn.pad_sequence
-    return responses, pad(entropy, batch_first=True), pad(logprobs, batch_first=True)
+        rollouts.append(generate(model, [prompt], *args, **settings))
+    whole = rollouts[0]
+    whole.responses = sum([rollout.responses for rollout in rollouts], [])
+    for name in "entropy", "logprobs", "mean_logprobs", "mask":
+        rows = [row for rollout in rollouts for row in getattr(rollout, name)]
+        setattr(whole, name, torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    return whole
 
 
 @contextlib.contextmanager
 def by_prompt():
     """In here both scripts and their evaluations use it, and no figure is drawn."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (eval, em_rl, shards):
+        for module in (eval, em_rl, em_ft, shards):
             patch.setattr(module, "generate", generate_by_prompt)
         patch.setattr(report, "plot", lambda *_: None)
         yield
@@ -90,6 +94,7 @@ def together():
         refused(rank)
         for name, flags in SAME.items():
             train(em_rl_fsdp, flags, f"two-{name}")
+        train(em_rl_fsdp, f"--method ft {EM_FT}", "two-em-ft")
         train(em_rl_fsdp, OTHERWISE, "two-otherwise")
         train(em_rl_fsdp, "--steps 2", "two-then-one")
         em_rl_fsdp.main("--resume one-then-two --steps 4".split())
@@ -140,7 +145,9 @@ def moves():
             batch = rows_of(5, 7, seed=i), rows_of(9, 4, seed=10 + i)
             entropy, logprobs, mask = model.score(head, *batch, 1.0)
             (logprobs * mask).mean().backward()
-            shards.step_clipped(optimizer, 1.0)
+            shards.clip(optimizer, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         assert all(p.dtype == torch.float32 for p in model.parameters())
         shards.collect(model, whole)
         change = [(p - q).flatten() for p, q in zip(whole.parameters(), start)]
@@ -198,6 +205,7 @@ def runs(tmp_path_factory):
     with by_prompt():
         for name, flags in SAME.items():
             train(em_rl, flags, f"one-{name}")
+        train(em_ft, EM_FT, "one-em-ft")
         train(em_rl_fsdp, "--steps 2", "one-then-two")
     done = subprocess.run(
         [*TORCHRUN, __file__], env=ENVIRONMENT, capture_output=True, text=True
@@ -231,6 +239,12 @@ def test_two_processes_give_the_metrics_of_em_rl(runs, name):
     equal_metrics(runs / f"two-{name}", runs / f"one-{name}", steps)
     best = [(runs / f"{first}-{name}/best").exists() for first in ("one", "two")]
     assert best == [name == "split"] * 2
+
+
+def test_two_processes_give_the_metrics_of_em_ft(runs):
+    """EM-FT is a reward of nothing and an entropy of weight -1: a KL or a reward that stays on,
+    four responses in place of one, or a sign would show."""
+    equal_metrics(runs / "two-em-ft", runs / "one-em-ft", 2)
 
 
 def test_syncing_each_micro_batch_and_offloading_change_no_number(runs):
@@ -366,13 +380,12 @@ def test_the_plan_counts_vllm_s_share_of_the_gpu():
     assert shards.plan(need, math.inf, args)[2] == 30  # on a CPU it has no share
 
 
-def test_vllm_that_is_missing_is_said_in_one_line(monkeypatch, capsys):
+def test_vllm_that_is_missing_is_said_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SystemExit) as end:
         em_rl_fsdp.main(["--sampler", "vllm"])
-    assert end.value.code == 2
-    last = capsys.readouterr().err.strip().split("\n")[-1]
-    assert last.endswith("error: --sampler vllm: needs a package; pip install vllm")
+    said = "em_rl_fsdp.py: --sampler vllm: needs a package; pip install vllm"
+    assert end.value.code == said
 
 
 if __name__ == "__main__":

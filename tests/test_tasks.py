@@ -18,6 +18,7 @@ import pytest
 import tests.models  # noqa: F401, first: no network
 from tasks import answers, problems, scores
 from tasks.answers import is_correct, last_box, same_answer, votes
+from tasks.errors import UserError
 from tasks.problems import load_problems
 
 # --------------------------------------------------------------------------------- answers
@@ -242,7 +243,7 @@ def test_programs_are_graded_with_their_setup_and_the_programs_that_they_come_af
     ]
     assert answers.grade(asked, responses, allow_code=True) == [True] * 5
     assert answers.grade(asked, responses[1:] + responses[:1], allow_code=True) == [False] * 5
-    with pytest.raises(ValueError, match="--allow-code-execution"):
+    with pytest.raises(UserError, match="--allow-code-execution"):
         answers.grade(asked, responses)
 
 
@@ -316,7 +317,7 @@ def test_bad_data_is_named_in_one_line_when_it_is_loaded(tmp_path, line, words):
     path = tmp_path / "p.jsonl"
     line = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b'{"prompt": "a", "id": "a"}\n' + line)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         load_problems(path)
     said = str(error.value)
     assert said.startswith(f"{path}, line 2: ") and "\n" not in said and len(said) < 400, said
@@ -324,11 +325,11 @@ def test_bad_data_is_named_in_one_line_when_it_is_loaded(tmp_path, line, words):
 
 
 def test_what_is_no_file_of_problems_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is a directory; give a JSONL file"):
+    with pytest.raises(UserError, match="is a directory; give a JSONL file"):
         load_problems(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such file.*math500"):
+    with pytest.raises(UserError, match="no such file.*math500"):
         load_problems(tmp_path / "none.jsonl")
-    with pytest.raises(ValueError, match="p.jsonl: no problems"):
+    with pytest.raises(UserError, match="p.jsonl: no problems"):
         load_problems(write(tmp_path / "p.jsonl", "", " "))
 
 
@@ -482,9 +483,9 @@ def test_rows_of_each_benchmark_become_problems(name, monkeypatch):
 def test_what_benchmarks_lack_is_said(monkeypatch, capsys):
     rows = [{"question": "1+1?", "final_answer": ["2"], "answer": None}]
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
-    with pytest.raises(FileNotFoundError, match="indval.*World Values Survey.*prompt"):
+    with pytest.raises(UserError, match="indval.*World Values Survey.*prompt"):
         load_problems("indval")
-    with pytest.raises(ValueError, match="olympiad, row 0.*'context'.*final_answer"):
+    with pytest.raises(UserError, match="olympiad, row 0.*'context'.*final_answer"):
         load_problems("olympiad")
     load_problems("minerva")
     assert "1 problems, not 272" in capsys.readouterr().err
@@ -664,5 +665,5 @@ def test_evaluations_are_compared_over_the_problems_of_both():
     assert "y" not in table
     others = [sample | {"id": "other"} for sample in b]
     for second in {"z": b}, {"x": others}:
-        with pytest.raises(ValueError, match="--compare.*A has x.*B has"):
+        with pytest.raises(UserError, match="--compare.*A has x.*B has"):
             scores.compare({"x": a}, second)

@@ -256,7 +256,8 @@ def test_the_drawn_tokens_are_distributed_as_our_own_sampler_s(engine, tiny):
     stop = stop_ids(model, tokenizer)
     vllm_rollouts.load(engine, model.named_parameters())
     torch.manual_seed(0)
-    ours, _, our_logprobs = generate(model, prompts, stop, 64, n=8, rows=1024)
+    rollout = generate(model, prompts, stop, 64, n=8, rows=1024)
+    ours, our_logprobs = rollout.responses, rollout.logprobs
     theirs, their_logprobs = vllm_rollouts.sample(engine, prompts, stop, 64, 1.0, n=8, seed=1)
     pairs = [
         (our_logprobs.sum(-1), their_logprobs.sum(-1)),
