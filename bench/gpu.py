@@ -248,8 +248,10 @@ def training_step(script, flags, paper_steps, paper_responses, sizes, folder):
     """The last step of a run, by its metrics.csv and by clocks on what the script calls."""
     device, seconds = sizes["device"], {}
     peak = matmul_peak(sizes)
-    for owner, name in (script, "generate"), (script, "score_all"), (script.MasterAdamW, "step"):
-        clock(owner, name, device, seconds)
+    for name in "generate", "score_all":
+        clock(script, name, device, seconds)
+    for name in "clip", "step":
+        clock(script.MasterAdamW, name, device, seconds)
     run.save_model = do_not_save
     out = Path(tempfile.mkdtemp(dir=folder)) / "run"
     flags += ["--model", folder / "model", "--data", TRAIN, "--val", "none", "--out", out]
@@ -259,7 +261,7 @@ def training_step(script, flags, paper_steps, paper_responses, sizes, folder):
     phases = {
         "sampling": seconds["generate"][-1],
         "reference": sum(seconds["score_all"][-1:]),  # EM-FT has none
-        "optimiser": seconds["step"][-1],
+        "optimiser": seconds["clip"][-1] + seconds["step"][-1],
     }
     phases["update"] = row["seconds"] - sum(phases.values())
     told = ", ".join(f"{name} {spent:.2f}" for name, spent in phases.items())

@@ -26,6 +26,7 @@ from engine.load import load_model, set_up
 from engine.run import checkpoint_of, read_rows
 from engine.sampler import generate
 from entropy import output_head, score_all, token_entropy
+from tasks.errors import UserError
 from tasks.problems import load_problems
 from tasks.prompts import encode_problem, stop_ids
 
@@ -142,7 +143,7 @@ def main(argv=None):
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(string.Template(template).substitute(
             about=about, curves=curves, responses=body, data=data), encoding="utf-8")
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, UserError) as error:
         sys.exit(f"look.py: {error}")
     print(f"{args.out}: {args.out.stat().st_size / 1000:,.0f} kB; open it in a browser")
 

@@ -33,6 +33,7 @@ from em_inf import DECODERS, SHARPENERS
 from engine.arguments import Help, comma_list, positive_int
 from engine.files import replace_file
 from engine.run import read_rows
+from tasks.errors import UserError
 from tasks.scores import CONFIDENCE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +103,7 @@ SHARES = 100, 75, 50, 25, 0  # percent of the problems whose confident answers a
 SCHOOLS = 500, 1000, 2000, 4000, 8000  # steps of pretraining; the last is tiny/base
 WORLD = (  # what a model other than tiny/base must be told
     "--lr 1e-4 --prompts 64 --max-new-tokens 64 --budget 8192 --rollout-batch 256 "
-    "--no-checkpointing"
+    "--no-recompute"
 )
 DECODE = f"{DECODERS},adaptive-temperature+self-consistency,em-inf+refine".split(",")
 DECODINGS = {  # experiment: {setting: (decoder, settings of EM-INF)}
@@ -270,7 +271,7 @@ def main():
         seconds = execute([job for _, _, job, _ in uses], args.jobs, folder)
     except KeyboardInterrupt:
         sys.exit("findings.py: stopped; the same command goes on")
-    except (OSError, RuntimeError) as error:
+    except (UserError, RuntimeError) as error:
         sys.exit(f"findings.py: {error}")
     found = collect(uses)
     curves, models = {}, {"base": "tiny/base"}

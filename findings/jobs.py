@@ -82,7 +82,7 @@ def run_job(job, folder):
 
 def execute(wanted, at_a_time, folder):
     """Run jobs and what they need: the seconds that all took. RuntimeError for the first that
-    fails, when those beside it have ended; OSError where another process does the same."""
+    fails, when those beside it have ended; UserError where another process does the same."""
     jobs = in_order(wanted)
     held = lock(folder)
     (folder / "logs").mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ OPTIONAL = {"lora": "peft", "vllm": "vllm"}  # the package that a part needs
 def clocks_end(monkeypatch):
     """A part puts clocks on functions and never takes them off, since its process ends."""
     owners = [(run, "save_model"), (em_rl.MasterAdamW, "step")]
+    owners += [(em_rl.MasterAdamW, "clip")]
     owners += [(sampler, "generate"), (sampler, "prefill")]
     for script in em_rl, gpu.em_ft:
         owners += [(script, "generate"), (script, "score_all")]

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def say(tokenizer, text, spread=3.0):
     def spoken(model, prompts, stop, max_new_tokens, temperature, sharpen):
         for _ in ids:
             sharpen(spread * torch.randn(1, model.config.vocab_size))
-        return [ids], None, None
+        return SimpleNamespace(responses=[ids])
 
     return spoken
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from tasks.errors import UserError
 from tests.models import ROOT, TINY
 
 sys.path.insert(0, str(ROOT / "findings"))
@@ -57,7 +58,7 @@ def test_a_row_of_the_csv_is_not_measured_again_unless_settings_differ(tmp_path)
     assert there == rows and rows[key]["problems"] == "4"
     args.model = "no such model"
     real.measure(there, key, problems, 1, tmp_path / "nowhere", args)
-    with pytest.raises(OSError, match="no such model"):
+    with pytest.raises(UserError, match="no such model"):
         real.measure(there, key, problems[:3], 1, tmp_path / "nowhere", args)
 
 

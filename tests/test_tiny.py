@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tasks.answers import is_correct, last_box
+from tasks.errors import UserError
 from tests.models import ROOT
 
 sys.path.insert(0, str(ROOT / "findings"))
@@ -148,7 +149,7 @@ def test_two_processes_do_not_do_the_same_jobs(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(OSError, match="another process"):
+        with pytest.raises(UserError, match="another process"):
             jobs.execute([], 1, tmp_path)
     finally:
         other.kill()
