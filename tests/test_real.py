@@ -48,6 +48,24 @@ def test_a_job_cut_short_goes_on_as_if_it_had_not_been(method, n, tmp_path):
     assert texts == [sample["response"] for sample in resumed] and len(texts) == 6 * n
 
 
+def test_self_consistency_does_not_vote_over_the_answers_that_it_is_compared_with(
+    tmp_path, monkeypatch,
+):
+    seeds = []
+
+    def asked(*_, seed, **__):
+        seeds.append(seed)
+        return []
+
+    monkeypatch.setattr(real, "evaluate", asked)
+    monkeypatch.setattr(real, "decode_and_grade", asked)
+    problems = real.load_problems(str(ROOT / "tiny/test.jsonl"))[:4]
+    for method, n in ("sample@1", 4), ("self-consistency@1", 1):
+        for seed in "12":
+            real.samples_of((MODEL, "", "set", method, seed), tmp_path, problems, n, settings())
+    assert len(set(seeds)) == len(seeds) == 16
+
+
 def test_a_row_of_the_csv_is_not_measured_again_unless_settings_differ(tmp_path):
     problems = real.load_problems(str(ROOT / "tiny/test.jsonl"))[:4]
     key = MODEL, "", "set", "greedy", "1"
