@@ -3,6 +3,7 @@ Running generated programs: tasks/sandbox.py. Programs run with namespaces, wher
 grants them, and with limits only.
 """
 import itertools
+import json
 import os
 import re
 import shutil
@@ -20,9 +21,13 @@ from pathlib import Path
 import pytest
 
 from tasks import sandbox
+from tasks.asserts import separate
 from tasks.errors import UserError
+from tasks.inside import text_of
+from tasks.problems import load_problems
 
 ROOT = Path(__file__).resolve().parent.parent
+GOES_ON = "assert print"  # tests that a program passes if they are reached
 NEEDLE = "needle-" + os.urandom(8).hex()  # no program can guess it
 START = """
 import builtins, ctypes, gc, io, mmap, os, re, resource, signal, socket, sys, threading, time, types
@@ -307,7 +312,7 @@ def confined(request, monkeypatch, tmp_path):
         monkeypatch.setattr(sys, "executable", python or sys.executable)
     monkeypatch.setattr(sandbox, "has_namespaces", lambda: False)
     with suppress(RuntimeError):
-        if sandbox.passes("", "pass"):
+        if sandbox.passes("", GOES_ON):
             return request.param
     pytest.skip(f"nobody may run {sys.executable}, or it is of another version")
 
@@ -346,7 +351,7 @@ def test_texts_are_equal_where_values_are():
     for x in scalars:
         values += [[x], (x,), {x}, frozenset([x]), {x: 1}, {1: x}, [x, 1], [1, x], ((x,), 1)]
     for one, other in itertools.product(values, repeat=2):
-        assert (sandbox.text_of(one) == sandbox.text_of(other)) == (one == other)
+        assert (text_of(one) == text_of(other)) == (one == other)
 
 
 @pytest.mark.parametrize("tests, count", [
@@ -361,7 +366,7 @@ def test_texts_are_equal_where_values_are():
     ("@skip\ndef check(c):\n assert c(1) == 2\ncheck(f)", 0),
 ])
 def test_only_literals_of_asserts_that_run_exactly_once_are_taken_out(tests, count):
-    assert len(sandbox.separate(tests)[1]) == count
+    assert len(separate(f"{tests}\nassert f")[1]) == count
 
 
 def test_right_programs_pass_and_wrong_ones_do_not(confined):
@@ -373,7 +378,7 @@ def test_right_programs_pass_and_wrong_ones_do_not(confined):
         ("import sys; print(2); sys.exit(1)", printed("2")),
         ("print(1)", printed("1") + printed("2")),
         ("", "def check(f): pass\ncheck(f)"),
-        ("def", "pass"), (None, "pass"), ("\0", "pass"), ("#" * 10**6, "pass"),
+        ("def", GOES_ON), (None, GOES_ON), ("\0", GOES_ON), ("#" * 10**6, GOES_ON),
     ]
     for answer, mistake, cases in TASKS:
         right += in_three_forms(answer, cases)
@@ -411,7 +416,7 @@ while attempt(lambda: open(str(i), 'wb').write(bytes(2**22))): i += 4
 print(i, 'MiB')""", printed("64 MiB")),
         ]
     else:
-        wrong.append(("import os\nif os.fork() == 0: os._exit(0)", "pass"))
+        wrong.append(("import os\nif os.fork() == 0: os._exit(0)", GOES_ON))
     verdicts = sandbox.grade(right + wrong, seconds=20)
     assert not [job for job, passed in zip(right, verdicts, strict=False) if not passed]
     assert not any(verdicts[len(right):])
@@ -450,9 +455,233 @@ def test_no_hostile_program_passes_or_leaves_anything(confined, tmp_path, monkey
     listener.close()
 
 
+CHEAT = """
+class E:
+ __init__ = lambda *_: None
+ def true(self, *_): return True
+ def same(self, *_): return self
+ __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = __bool__ = __exit__ = true
+ __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = same
+ __and__ = __rand__ = __neg__ = __pow__ = __rpow__ = __getitem__ = __call__ = __enter__ = same
+ __getattr__ = same
+ __ne__ = lambda *_: False
+ __abs__ = __round__ = __int__ = __index__ = __float__ = lambda *_: 0
+ __hash__ = lambda _: hash(5)
+ __iter__ = lambda self: iter([self] * 3)
+ __len__ = lambda _: 3
+ __str__ = lambda _: S()
+class S(str): __eq__ = __contains__ = lambda *_: True
+"""
+CHEATS = {  # name: programs whose f(3) equals everything, in some way
+    "an object": "f = E",
+    "a string": "f = lambda _: S()",
+    "an int": """
+class f(int, E): __eq__ = __sub__ = __rsub__ = __abs__ = __hash__ = lambda *_: 0 == 0""",
+    "a list": "f = lambda _: [E(), E(), E()]",
+    "an exception": "class f(E, Exception): pass",
+    "Python's own": "from unittest.mock import ANY; f = lambda _: ANY",
+    "a class that says that it is int": """
+class M(type):
+ __eq__ = lambda *_: True
+ __hash__ = lambda _: hash(int)
+class f(E, metaclass=M): pass""",
+    "an array": "import numpy; f = lambda _: numpy.array(E())",
+    "what it was given": """
+def f(x):
+ if isinstance(x, list): x[:] = E(), E()
+ return E()""",
+}
+FORMS = {  # {f(3) of an honest program: tests in which no literal can be taken out}
+    "5": """
+assert f(3) == 2 + 3
+assert f(3) in [5, 6]
+assert f(3) in {5, 6}
+assert not f(3) != 5
+assert 4 < f(3) < 6
+assert 5 == f(3) == 5
+assert f(3) == 5 or f(3) == 6
+if f(3) != 5: raise ValueError
+def is_equal(a, b): return a == b;;assert is_equal(f(3), 5)
+for i in [3]: assert f(i) == i + 2
+for x, y in zip([f(3)], [5]): assert x == y
+try: assert f(3) == 5;;finally: pass
+try: assert f(3) == 5;;except f: pass
+match f(3):;; case 5: pass;; case _: raise ValueError
+assert abs(f(3) - 5) < 1e-6
+import math;;assert math.isclose(f(3), 5)
+import numpy;;assert numpy.allclose(f(3), 5)
+assert [5].count(f(3)) == int("1")
+assert {5: "a"}[f(3)] in "a"
+assert [f(3)] == [2 + 3]
+assert max(f(3), 4) == 2 + 3
+assert f"{f(3)}" == str(5)
+assert str(5) == str(f(3))
+assert f(f(3)) == 2 + 3
+assert any(x == 5 for x in [f(3)])
+assert not {5} - {f(3)}
+import unittest;;unittest.TestCase().assertEqual(5, f(3))
+import unittest;;unittest.TestCase().assertIn(f(3), [5])""",
+    "[1, 2, 4]": """
+assert 4 in f(3)
+assert sum(f(3)) == 3 + 4
+assert bytes(f(3)) == b"\\x01\\x02\\x04"
+assert sorted(f(3)) == [2 - 1, 2, 4]
+for x, y in zip(f(3), [1, 2, 4]): assert x == y
+x = f(3);;assert [1, 2, 4] == list(x) and x[-1] + 1 == 5""",
+    "x.sort() if type(x) is list else x": "x = [2, 1];;f(x);;assert [1, 2] == sorted(x) == x",
+    "A(5)": "assert f(3).value == 2 + 3;;with f(3) as x: assert x == 5",
+}
+HONEST = """
+class A:
+ def __init__(self, value): self.value = value
+ def __enter__(self): return self.value
+ def __exit__(self, *_): return True
+"""
+
+
+def test_what_equals_everything_equals_nothing():
+    """Guards against tests that ask the program's own objects whether they are right."""
+    honest, cheats = [], []
+    for value, forms in FORMS.items():
+        for form in forms.strip().split("\n"):
+            tests = form.replace(";;", "\n")
+            honest.append((f"{HONEST}f = lambda x: {value}", tests))
+            cheats.append((CHEAT + CHEATS["an object"], tests))
+    for program in CHEATS.values():
+        for tests in "assert f(3) == 2 + 3", "assert 5 == f(3) == 5", cheats[-2][1]:
+            cheats.append((CHEAT + program, tests))
+    verdicts = sandbox.grade(honest + cheats)
+    assert not [job for job, passed in zip(honest, verdicts, strict=False) if not passed]
+    assert not [job for job, passed in zip(cheats, verdicts[len(honest):]) if passed]
+
+
+OBJECTS = """
+import asyncio, collections, dataclasses, enum, functools, math
+class Full(Exception): pass
+class Stack:
+ def __init__(self, items=()): self.items = list(items)
+ def __len__(self): return len(self.items)
+ def push(self, x):
+  if len(self) > 2: raise Full(x)
+  self.items.append(x)
+  return self
+@dataclasses.dataclass(order=True)
+class Point:
+ x: int
+ y: int = 0
+ def __add__(self, other): return Point(self.x + other.x, self.y + other.y)
+class Colour(enum.Enum): RED = 1
+Pair = collections.namedtuple("Pair", "a b")
+def count(n):
+ while True: n += yield n
+def swap(pair): pair[0], pair[1] = pair[1], pair[0]
+def trace(function):
+ @functools.wraps(function)
+ def traced(*args, **named): return [function(*args, **named)]
+ return traced
+async def later(x): return x
+def root(x): return math.sqrt(x)
+"""
+
+
+ON_OBJECTS = [
+    "s = Stack([1]).push(2)\nassert len(s) == s.items[-1] and isinstance(s, Stack) and s",
+    "s = Stack()\ns.items = [1]\nassert s.items == Stack([1]).items and s is s.push(2)",
+    "try: Stack('abc').push(4)\nexcept Full as e: assert e.args == (4,)\nelse: assert Full == 0",
+    "import unittest\nwith unittest.TestCase().assertRaises(Full): Stack('abc').push(4)",
+    "assert Point(1) == Point(1, 0) < Point(2) != Point(1) and Point(1) != 1",
+    "assert Point(1) + Point(1, 3) == Point(2, 3) and {Point: 1}[Point] == 1",
+    "class Near(Point): near = True\nassert Near(1).near and issubclass(Near, Point)",
+    "import copy\na = Point(1)\nb = copy.deepcopy(a)\nb.x = 4\nassert a.x == 1 != b.x",
+    "assert Colour.RED is Colour(1) and Colour.RED.name == 'RE' + 'D'",
+    "assert Pair(1, [2]).b == [1 + 1] and [*Pair(1, 2)._fields] == ['a', 'b']",
+    "c = count(1)\nassert next(c) == 1 + 0 and c.send(4) == 5",
+    "assert [x for _, x in zip('a', count(1))] == [2 - 1]",
+    "a = [[1, 2]]\nswap(a[0])\nassert a == [[2, 2 - 1]]",
+    "a = {0: 1, 1: 2}\nswap(a)\nassert a[0] == 1 + 1",
+    "@trace\ndef g(x): return x + 1\nassert g(1) == [1 + 1] and g.__name__ == 'g'",
+    "class Own: pass\na = Own()\nassert trace(lambda x: x)(a)[0] is a",
+    "import asyncio\nassert asyncio.run(later(2)) == 1 + 1",
+    "assert [*map(root, [1, 4])] == [1, 1 + 1] and root.__doc__ is None and math.pi > 3",
+    "import numpy\nassert (root(numpy.float64(4)) == 2) & numpy.all(trace(numpy.arange)(2)[0] < 2)",
+    "def g(x: int | Unknown = Pair) -> Nothing: return x\nassert g(2) == 1 + 1",
+    "n = [0]\ndef inner(x):\n n[0] += x\n return x\ntrace(inner)(2)\nassert n == [1 + 1]",
+]
+
+
+def test_tests_may_work_with_objects_of_the_program():
+    verdicts = sandbox.grade([(OBJECTS, tests) for tests in ON_OBJECTS])
+    assert not [tests for tests, passed in zip(ON_OBJECTS, verdicts) if not passed]
+
+
+NOTHING_FAILS = {
+    "a unittest": """
+import unittest
+class TestF(unittest.TestCase):
+ def setUp(self): self.three = 3
+ def test_f(self): self.assertEqual(f(self.three), 5)""",
+    "a unittest and its main": """
+from unittest import TestCase, main
+class TestF(TestCase):
+ def test_f(self): self.assertEqual(f(3), 5)
+if __name__ == "__main__": main()""",
+    "pytest": """
+import pytest
+@pytest.mark.parametrize("x, y", [(3, 5)])
+def test_f(x, y): assert f(x) == y
+def helper(): return f(3)
+async def test_g(): assert helper()""",
+    "an import": "import math\nfrom sys import path",
+    "a comment": "# assert f(3) == 5",
+    "a docstring": '"assert f(3) == 5"',
+    "a constant": "assert 1 == 1",
+    "pass": "x = 5\npass",
+    "a print": "print('all tests passed')",
+    "a try": "def g():\n assert f(3) == 5\ntry: g()\nexcept Exception as e: print('no', e)",
+}
+SOMETHING_FAILS = [
+    "check(f)", "f", "exec('assert f(3) == 5')",
+    "def test_f(): assert f(3) == 5\ntest_f()", "def a(): b()\ndef b(): assert f(3) == 5\na()",
+    "class T:\n def test(self): assert f(3) == 5\nT().test()", "class T: assert f(3) == 5",
+    "class T:\n def test(self): f(3)\nfor name in dir(T): getattr(T(), name)",
+    "def run(g): g()\n@run\ndef _(): assert f(3) == 5",
+    "def test_f(): assert f(3) == 5\nfor name in list(globals()): globals()[name]()",
+    "try: f(3)\nexcept ValueError: pass", "try: f(3)\nexcept Exception: raise ValueError",
+    "import sys\ntry: f(3)\nexcept Exception: sys.exit(1)", "assert open('a').read()",
+    "ok = False\ntry: ok = f(3) == 5\nexcept: pass\nassert ok", "import os\nassert os.listdir()",
+]
+
+
+@pytest.mark.parametrize("name", NOTHING_FAILS)
+def test_tests_in_which_nothing_can_fail_are_refused_when_they_are_loaded(name, tmp_path):
+    data = tmp_path / "code.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "tests": NOTHING_FAILS[name]}))
+    with pytest.raises(UserError, match="code.jsonl, line 1: tests .* can fail"):
+        load_problems(data)
+
+
+@pytest.mark.parametrize("tests", SOMETHING_FAILS)
+def test_tests_in_which_something_can_fail_are_not_refused(tests):
+    assert sandbox.passes(None, tests) is False
+
+
+@pytest.mark.parametrize("flag, variable", [("-O", ""), ("-B", "2")])
+def test_asserts_are_not_lost_when_python_optimises(flag, variable):
+    """Guards against asserts that `python -O` takes out of the tests: all programs passed."""
+    jobs = []
+    for program in "f = lambda x: 5", "f = lambda x: 6":
+        for tests in "assert f(3) == 5", "assert f(3) == 2 + 3":
+            jobs.append((program, tests))
+    run = subprocess.run(
+        [sys.executable, flag, "-c", f"from tasks.sandbox import grade\nprint(grade({jobs}))"],
+        cwd=ROOT, env=os.environ | {"PYTHONOPTIMIZE": variable}, capture_output=True, text=True,
+    )
+    assert run.stdout.strip() == "[True, True, False, False]", run.stderr
+
+
 @pytest.mark.parametrize("program", [
     "import math; math.isclose = lambda *a, **k: True", HOSTILE["redefines exec"],
-    HOSTILE_OF_OURS["equals everything"], HOSTILE_OF_OURS["guesses proofs"],
+    HOSTILE_OF_OURS["guesses proofs"],
 ])
 @pytest.mark.xfail(strict=True, reason="the docstring says that this is not defended against")
 def test_tests_without_a_literal_can_be_cheated(program):
@@ -483,13 +712,13 @@ def test_malformed_tests_are_one_clear_error_and_not_a_verdict(tests):
 
 def test_the_guard_ends_a_program_when_its_time_is_up(confined, monkeypatch):
     monkeypatch.setattr(sandbox.subprocess.Popen, "kill", None)  # what ends a guard that doesn't
-    assert not sandbox.passes("import time; time.sleep(99)", "pass", seconds=0.5)
+    assert not sandbox.passes("import time; time.sleep(99)", GOES_ON, seconds=0.5)
 
 
 def test_programs_are_graded_at_the_same_time_and_in_order(monkeypatch):
     meeting = threading.Barrier(4, timeout=60)
     monkeypatch.setattr(sandbox, "passes", lambda program, tests: meeting.wait() < 4 and program)
-    assert sandbox.grade([(i, "pass") for i in range(8)], workers=4) == list(range(8))
+    assert sandbox.grade([(i, GOES_ON) for i in range(8)], workers=4) == list(range(8))
 
 
 def test_ctrl_c_leaves_nothing_of_the_sandbox(confined, monkeypatch):
@@ -500,7 +729,7 @@ def test_ctrl_c_leaves_nothing_of_the_sandbox(confined, monkeypatch):
         raise KeyboardInterrupt
 
     handler = signal.signal(signal.SIGALRM, interrupt)
-    hang = "while True: pass", "pass"
+    hang = "while True: pass", GOES_ON
     try:
         many = partial(sandbox.grade, [hang] * 99, seconds=1)
         for run in partial(sandbox.passes, *hang, 60), many:
@@ -528,7 +757,7 @@ def test_a_sandbox_that_can_not_be_set_up_is_an_error_and_not_a_wrong_program(mo
         broken = True
         with pytest.raises(UserError, match="not permitted"):
             sandbox.has_namespaces.__wrapped__()
-    monkeypatch.setattr(sandbox, "GUARD", "raise OSError('not permitted')")
+    monkeypatch.setattr(sandbox, "CONFINE", "raise OSError('not permitted')")
     with pytest.raises(RuntimeError, match="not permitted"):
         sandbox.passes("f = 1", "assert f == 1")
 

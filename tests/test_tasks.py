@@ -262,7 +262,7 @@ def test_problems_of_a_file_keep_their_fields_and_a_solution_gives_its_last_box(
         r'{"problem": "b", "id": 5, "solution": "so \\boxed{2}, no \\boxed{3}"}',
         r'{"question": "c", "answer": "x\n#### 18"}', '{"prompt": "d", "answer": " "}',
         '{"prompt": "e", "id": null, "answer": NaN, "tests": null, "solution": null}',
-        '{"prompt": "f", "answer": 0, "tests": "\\"\\\\d\\""}', "",
+        '{"prompt": "f", "answer": 0, "tests": "f == \\"\\\\d\\""}', "",
     ))
     assert [p["prompt"] for p in loaded] == list("abcdef")
     assert [p.get("answer") for p in loaded] == ["7", "3", "18", None, None, "0"]
@@ -293,8 +293,8 @@ BAD = [  # (the second line of a file, words that the error must hold)
     ('{"prompt": "b", "setup": 1}', '"setup"', "1", "Python"),
     ('{"prompt": "b", "after": "a"}', '"after"', "'a'", "list"),
     ('{"prompt": "b", "tests": []}', "tests", "[]", "input"),
-    ('{"prompt": "b", "tests": " "}', "tests", "' '", "empty"),
-    ('{"prompt": "b", "tests": "# none"}', "tests", "# none", "empty"),
+    ('{"prompt": "b", "tests": " "}', "tests", "' '", "can fail"),
+    ('{"prompt": "b", "tests": "# none"}', "tests", "# none", "can fail"),
     ('{"prompt": "b", "tests": "assert f( == 1"}', "tests", "assert f( == 1", "Python"),
     ('{"prompt": "b", "tests": {"input": "", "output": ""}}', "tests", "input", "list"),
     ('{"prompt": "b", "tests": ["f() == 1"]}', "tests", "f() == 1", "input"),
