@@ -52,7 +52,7 @@ from engine.load import load_model, set_up
 from engine.sampler import generate
 from entropy import at_least_float32, output_head, score_all, token_entropy
 from eval import graded
-from tasks.answers import most_agreed
+from tasks.answers import after_thoughts, most_agreed
 from tasks.errors import UserError
 from tasks.problems import load_gradable
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
@@ -309,7 +309,7 @@ def decode_and_grade(
                 texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
                 best = most_agreed(texts) if n > 1 else 0
                 responses.append(group[best])
-                earlier[i] = texts[best]
+                earlier[i] = after_thoughts(texts[best]) or None  # cut in a thought: ask again
                 spent[i] += n * len(prompt) + sum(len(ids) for ids in group)
     seconds = (time.time() - started) / len(problems)
     scores = score_all(model, head, prompts, responses)

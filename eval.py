@@ -36,7 +36,7 @@ from engine.files import append_jsonl, fresh_folder, lock, read_config, read_jso
 from engine.load import load_model, set_up
 from engine.sampler import generate
 from entropy import output_head, score_all
-from tasks import answers, sandbox, scores
+from tasks import answers, scores
 from tasks.errors import UserError
 from tasks.problems import HUB, load_gradable, load_problems
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
@@ -100,14 +100,13 @@ def graded(
     samples = []
     for i, problem in enumerate(problems):
         length = len(responses[i])
-        extract = sandbox.extract_program if "tests" in problem else answers.last_box
         samples.append({
             "id": problem["id"],
             "decoder": decoder,
             "seed": seed,
             "response": texts[i],
             "correct": right[i],
-            "answered": extract(texts[i]) is not None,
+            "answered": answers.find_answer(texts[i], problem) is not None,
             "truncated": responses[i][-1] not in stop,
             "length": length,
             "entropy": entropy[i] / length,

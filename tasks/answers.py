@@ -38,12 +38,37 @@ REPAIRS = [  # what math-verify would misread: (pattern, replacement)
 ]
 LETTER = r"(?:\\text|\\mathrm)?[{(\s]*([A-J])[})\s]*"  # B, (B) or \text{B}
 CHOICE = LETTER + r"(?:[).:}](?!.*\([A-J]\))(.*\S.*))?"  # and perhaps more: B) 12
+THOUGHTS = [  # (opening, closing): the marks of a model's thoughts
+    (r"<(?:\w+:)?think(?:ing)?>", r"</(?:\w+:)?think(?:ing)?>"),  # most models
+    ("<thought>", "</thought>"),  # EXAONE
+    (r"\[THINK\]", r"\[/THINK\]"),  # Mistral
+    ("◁think▷", "◁/think▷"),  # Kimi
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # OpenThinker
+    (r"<\|channel>thought", r"<channel\|>"),  # Gemma
+    (r"<\|channel\|>analysis", r"<\|channel\|>final<\|message\|>"),  # gpt-oss
+    (r"\Aanalysis(?=\w)", "assistantfinal"),  # gpt-oss decoded without special tokens
+]
+OPENING, CLOSING = ("|".join(marks) for marks in zip(*THOUGHTS))
 TINY = r"10\^\{?-(\d+)|(?<![\d.])0?\.(0+)"  # 10^{-19}, or 0.00016 and its zeros
 
 
+def after_thoughts(text):
+    """A response without its thoughts: what stands behind the last one that is closed.
+
+    Where a thought is still open at the end, as in a response that was cut, it is "". Many
+    templates open the thought in the prompt. A response that never closes it is known by its
+    opening mark alone, so the caller writes the prompt's mark in front of the response.
+    """
+    answer = re.split(CLOSING, text)[-1]
+    return "" if re.search(OPENING, answer) else answer
+
+
 def last_box(text):
-    r"""What the last \boxed{...} or \fbox{...} of a text holds. None where there is none, or
-    where the last one never closes: an earlier one does not count."""
+    r"""What the last \boxed{...} or \fbox{...} of a text holds, thoughts left aside.
+
+    None where there is none, or where the last one never closes: an earlier one does not
+    count."""
+    text = after_thoughts(text)
     starts = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*(?={)", text)]
     if not starts:
         return None
@@ -57,6 +82,14 @@ def last_box(text):
             if depth == 0:
                 return text[1 : brace.start()]
     return None
+
+
+def find_answer(response, problem):
+    """A response's program where the problem has tests, else what its last box holds. None
+    where there is none."""
+    if "tests" in problem:
+        return sandbox.extract_program(after_thoughts(response))
+    return last_box(response)
 
 
 def repair(answer):
@@ -138,13 +171,15 @@ def votes(texts):
 def most_agreed(texts):
     """Index of the response that self-consistency keeps: the first with the most common
     answer. Where none has one (programs, say), it is the one with the lowest mean Levenshtein
-    distance to the others, in characters."""
+    distance to the others, in characters behind the thoughts."""
     counts = votes(texts)
     if max(counts) > 0:
         return counts.index(max(counts))
+    finals = [after_thoughts(text) for text in texts]
     distances = []
-    for text in texts:
-        distances.append(sum(Levenshtein.distance(text, other) for other in texts))
+    for final in finals:
+        distance = sum(Levenshtein.distance(final, other) for other in finals)
+        distances.append((final == "", distance))  # a response that was cut comes last
     return distances.index(min(distances))
 
 
@@ -162,7 +197,7 @@ def grade(problems, responses, allow_code=False):
         if "tests" not in problem:
             right[i] = is_correct(responses[i], problem)
             continue
-        program = sandbox.extract_program(responses[i])
+        program = find_answer(responses[i], problem)
         programs[problem["id"]] = program or ""
         if program:
             pieces = [problem.get("setup", "")]
