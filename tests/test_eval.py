@@ -1,8 +1,6 @@
 """The sampler, the scripts eval.py and em_inf.py, who imports whom."""
-import ast
 import errno
 import fcntl
-import graphlib
 import json
 import re
 import shutil
@@ -319,26 +317,3 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(write, room, tmp_path, m
         ev.main(SETTINGS + [str(tmp_path / "full")])
     ev.main(["--resume", str(tmp_path / "full")])
     assert found(tmp_path / "full") == found(room / "whole")
-
-
-ROOMS = "tasks entropy engine eval em_inf em_ft em_rl".split()
-
-
-def test_imports_go_one_way_and_one_process_is_known():
-    graph = {}
-    for path in [*ROOT.glob("e*.py"), *ROOT.glob("tasks/*.py"), *ROOT.glob("engine/*.py")]:
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        own, text = module.partition(".")[0], path.read_text()
-        tree, graph[module] = ast.parse(text), set()
-        assert not re.search("RANK|WORLD|torchrun", text)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                _, source, *names = ast.unparse(node).replace(",", "").split()
-                room = source.partition(".")[0]
-                if room in ROOMS:
-                    assert node in tree.body and ROOMS.index(room) <= ROOMS.index(own)
-                    graph[module] |= {source} | {f"{source}.{name}" for name in names}
-    graphlib.TopologicalSorter(graph).prepare()
-    assert not graph["entropy"]
-    rooms = {name.partition(".")[0] for name in graph["em_rl"]}
-    assert rooms == {"entropy", "eval", "engine", "tasks"}
