@@ -1,5 +1,5 @@
 """
-EM-RL and EM-FT on N GPUs, with weights, gradients and Adam's state spread over the processes.
+EM-RL and EM-FT on N GPUs: weights, gradients and Adam's state are spread over the processes.
 
     torchrun --nproc_per_node=8 scale/em_rl_fsdp.py --model Qwen/Qwen2.5-32B
     torchrun --nproc_per_node=8 scale/em_rl_fsdp.py --model Qwen/Qwen2.5-32B --method ft
@@ -7,32 +7,25 @@ EM-RL and EM-FT on N GPUs, with weights, gradients and Adam's state spread over 
     python scale/em_rl_fsdp.py --model Qwen/Qwen2.5-32B --plan 8   # what 8 GPUs would hold
     python scale/em_rl_fsdp.py --model Qwen/Qwen2.5-Math-7B --sampler vllm   # one GPU, with vLLM
 
-em_rl.py explains the method; its rewards, advantage, objective and settings are imported from
-there. This file has what N processes need, and shards.py what they do to a model. In a step each
-process
+em_rl.py explains the method; its rewards, advantage, objective and settings are imported. This
+file has what N processes need, and shards.py what they do to a model. In a step each process
 
-  - rolls out its share of the prompts, with all weights in its memory, in bfloat16, at its own
-    pace (a process that is done waits for the others);
+  - samples responses to its share of the prompts, with all weights in its memory;
   - does as many micro-batches as every other: a layer's weights are put together for its
     forward and its backward, from the float32 shards that the processes hold;
-  - steps with its shards of the gradients and of Adam's moments.
+  - updates its shards of the weights, with its shards of the gradients and of Adam's moments.
 
 The normaliser, the gradient's norm and the logged means are those of all processes together.
-A run is reproducible on the same number of processes; on another number it draws other samples.
---prompts must be a multiple of the number of processes. With --sampler vllm every process has a
-vLLM engine of its own, on its own GPU, which gets the weights put together one at a time.
-
 With --method ft the objective is EM-FT's, -H: the entropy has weight -1, and there is no reward.
+--prompts must be a multiple of the number of processes. A run is reproducible on the same number
+of processes, and draws other samples on another one; --resume works on any number. Rank 0 reads,
+writes and prints. The run's folder also has sharded-STEP/, to which every process writes: several
+machines need a file system in common.
 
-Rank 0 reads, writes and prints. A run's folder is em_rl.py's, and sharded-STEP/ besides, which
-each process writes for itself: several machines need a file system in common. --resume works on
-any number of processes.
-
-torchrun passes Ctrl-C and SIGTERM on, and kills 30 seconds later what has not ended. A step
-and its checkpoint take longer, so say how long they may take: `torchrun --shutdown-timeout
-3600 ...`, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600 in the environment. Where `torchrun --help`
-has no such option, send the signal to rank 0 alone, past torchrun: `kill -INT PID`, with the
-PID that is printed at the start.
+torchrun passes Ctrl-C and SIGTERM on, and kills after 30 seconds what has not ended. A step and
+its checkpoint take longer, so give them time: `torchrun --shutdown-timeout 3600 ...`, or
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600 in the environment. Where `torchrun --help` has no such option,
+send the signal to rank 0 alone: `kill -INT PID`, with the PID that is printed at the start.
 """
 import argparse
 import functools
@@ -49,7 +42,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import em_rl
@@ -62,7 +54,7 @@ from entropy import batches, k3, output_head
 from scale import shards, vllm_rollouts
 from scale.shards import rank_0_leads, total
 from tasks.errors import UserError
-from tasks.problems import hub_says, load_problems, reach_hub
+from tasks.problems import load_problems
 from tasks.prompts import stop_ids
 
 NAME = Path(__file__).name
@@ -101,7 +93,7 @@ def read(argv, world):
     args = run.parse_args(argv, __doc__, add, TINY, NAME)
     check(args, world)
     if args.plan:
-        print_plan(args)
+        shards.print_plan(args)
         sys.exit()
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device, dtype = set_up(args.device or default, args.dtype)
@@ -149,37 +141,6 @@ def check(args, world):
         raise UserError(f"--device {args.device}: several processes work on cuda or cpu")
 
 
-def print_plan(args):
-    """What --plan asks for, from the model's config.json. Raises UserError without one."""
-    reached = Path(args.model).is_dir() or reach_hub()
-    try:
-        config = AutoConfig.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        found = f"no folder with a config.json, and {hub_says(reached)} model"
-        raise UserError(f"--plan {args.plan}: --model {args.model}: {found}") from error
-    with torch.device("meta"):  # shapes without numbers
-        model = AutoModelForCausalLM.from_config(config)
-    need = shards.memory_of(model, args.plan, 4 if args.dtype == "float32" else 2)
-    print(f"{args.model}: {model.num_parameters() / 1e9:,.2f} billion parameters")
-    print(shards.describe(need, args.plan, 80e9, args))
-
-
-def start_vllm(args, train, head, dtype):
-    """vLLM in place of the sampler, with an engine in every process."""
-    longest = max(len(problem["ids"]) for problem in train) + args.max_new_tokens
-    # vLLM takes the group of all processes for its world, in which each is a group by
-    # itself; without the launcher's name all engines would be on the first GPU
-    launcher = "external_launcher" if "RANK" in os.environ else None
-    engine = vllm_rollouts.start(
-        args.model, dtype, longest, share=args.vllm_memory, rows=args.rollout_batch,
-        distributed_executor_backend=launcher,
-    )
-    return vllm_rollouts.sampler(
-        engine, head, args.budget, score=shards.score_gathered, total=total,
-        weights=functools.partial(shards.whole_weights, dtype=dtype),
-    )
-
-
 # --------------------------------------------------------------------------------- all ranks
 
 
@@ -198,7 +159,7 @@ def main(argv=None):
     if device == "cuda":
         shards.use_own_gpu()
     vllm = args.sampler == "vllm"
-    roll_out = start_vllm(args, train, head, dtype) if vllm else shards.generate_gathered
+    roll_out = vllm_rollouts.of_all(args, train, head, dtype) if vllm else shards.generate_gathered
     mesh = init_device_mesh(device, (world,))
     policy = MixedPrecisionPolicy(dtype, torch.float32)  # work in dtype, sum in float32
     model = shards.spread(whole, config, mesh, torch.float32, args.offload, policy)

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,13 +30,14 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import distribute_tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import report, run
 from engine.sampler import generate
 from entropy import score, score_all
 from eval import evaluate
 from tasks.errors import UserError
+from tasks.problems import hub_says, reach_hub
 
 LONGEST_WAIT = datetime.timedelta(hours=2)  # of one process for another: loading, rollouts
 
@@ -400,6 +402,21 @@ def describe(need, processes, capacity, args):
         lines.append(f"of a GPU's {size(capacity)} there are {size(left)} left for the cache of "
                      "keys and values, and for activations; all this is arithmetic")
     return "\n".join(lines)
+
+
+def print_plan(args):
+    """What --plan asks for, from the model's config.json. Raises UserError without one."""
+    reached = Path(args.model).is_dir() or reach_hub()
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        found = f"no folder with a config.json, and {hub_says(reached)} model"
+        raise UserError(f"--plan {args.plan}: --model {args.model}: {found}") from error
+    with torch.device("meta"):  # shapes without numbers
+        model = AutoModelForCausalLM.from_config(config)
+    need = memory_of(model, args.plan, 4 if args.dtype == "float32" else 2)
+    print(f"{args.model}: {model.num_parameters() / 1e9:,.2f} billion parameters")
+    print(describe(need, args.plan, 80e9, args))
 
 
 def size(count):

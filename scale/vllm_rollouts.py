@@ -12,12 +12,14 @@ of keys and values takes.
 Two samplers never agree to the last bit, so rewards must come from the trainer's own scoring
 pass (`entropy.score_all`); the log-probs from here show how far the two are apart.
 """
+import functools
 import os
 
 import torch
 
 from engine.sampler import Rollout, as_rows
 from entropy import score_all
+from scale import shards
 from tasks.errors import UserError
 
 
@@ -164,3 +166,19 @@ def sampler(
         )
 
     return generate
+
+
+def of_all(args, train, head, dtype):
+    """The `sampler` of em_rl_fsdp.py: every process has an engine of its own, on its own GPU."""
+    longest = max(len(problem["ids"]) for problem in train) + args.max_new_tokens
+    # vLLM takes the group of all processes for its world, in which each is a group by
+    # itself; without the launcher's name all engines would be on the first GPU
+    launcher = "external_launcher" if "RANK" in os.environ else None
+    engine = start(
+        args.model, dtype, longest, share=args.vllm_memory, rows=args.rollout_batch,
+        distributed_executor_backend=launcher,
+    )
+    return sampler(
+        engine, head, args.budget, score=shards.score_gathered, total=shards.total,
+        weights=functools.partial(shards.whole_weights, dtype=dtype),
+    )
