@@ -52,7 +52,7 @@ from engine.guard import collapsed
 from engine.load import load_model, set_up
 from entropy import batches, k3, output_head
 from scale import shards, vllm_rollouts
-from scale.shards import rank_0_leads, total
+from scale.shards import on_rank_0, rank_0_leads, total
 from tasks.errors import UserError
 from tasks.problems import load_problems
 from tasks.prompts import stop_ids
@@ -186,9 +186,7 @@ def main(argv=None):
     if start == 0:
         row = shards.evaluate_held_out(0, model, tokenizer, val, args, folder)
         history.append({"step": 0} | row)
-        with rank_0_leads():
-            if rank == 0:
-                run.write_rows(folder / "metrics.csv", history)
+        on_rank_0(run.write_rows, folder / "metrics.csv", history)
     for step in range(start + 1, args.steps + 1):
         started = time.time()
         seed = args.seed + 1_000 * rank  # of this process; rank 0 draws what em_rl.py draws
@@ -280,20 +278,14 @@ def main(argv=None):
         collapse = collapsed(history + [row], args.guard)
         last = step == args.steps or collapse is not None
         if last or step % args.eval_every == 0:
-            with rank_0_leads():
-                if rank == 0:
-                    run.log_sample(step, problems[0]["prompt"], rollout.texts[0], folder)
+            on_rank_0(run.log_sample, step, problems[0]["prompt"], rollout.texts[0], folder)
             row |= shards.evaluate_held_out(step, model, tokenizer, val, args, folder)
         history.append(row)
-        with rank_0_leads():
-            if rank == 0:
-                run.log(row, logger)
-                run.write_rows(folder / "metrics.csv", history)
+        on_rank_0(run.log, row, logger)
+        on_rank_0(run.write_rows, folder / "metrics.csv", history)
         if args.keep_best and run.is_best(history):
             shards.collect(model, whole)
-            with rank_0_leads():
-                if rank == 0:
-                    run.save_model(folder / "best", whole, tokenizer)
+            on_rank_0(run.save_model, folder / "best", whole, tokenizer)
         asked = total({"asked": stopping.asked})["asked"] > 0  # by Ctrl-C, of any process
         if last or asked or step % args.save_every == 0:
             shards.save(step, model, optimizer, whole, tokenizer, folder)

@@ -107,6 +107,13 @@ def rank_0_leads():
     share(True)
 
 
+def on_rank_0(call, *args):
+    """Call it on rank 0 alone, and go on together (a collective)."""
+    with rank_0_leads():
+        if dist.get_rank() == 0:
+            call(*args)
+
+
 def total(values):
     """A dict of numbers -> their sums over all processes, as floats (a collective)."""
     sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
