@@ -78,12 +78,28 @@ def prefill(model, prompts, n):
     return cache, logits, mask, positions[:, -1:].repeat_interleave(n, dim=0)
 
 
+def one_token(logits, temperature, sharpen=None):
+    """Draw the next token of b rows from their logits (b, V): -> ids (b, 1), and (3, b) in nats:
+    the entropy, the token's log-prob and the mean log-prob over the vocabulary."""
+    logprobs = (logits / (temperature or 1.0)).log_softmax(-1)  # greedy is scored at 1
+    ids = draw(logits if sharpen is None else sharpen(logits), temperature)
+    entropy, drawn = token_entropy(logprobs), logprobs.gather(-1, ids)[:, 0]
+    return ids, torch.stack([entropy, drawn, logprobs.mean(-1)])
+
+
+def draw(logits, temperature):
+    """(b, V) -> (b, 1): the likeliest token at temperature 0, else a drawn one."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    return torch.multinomial((logits / temperature).softmax(-1), 1)
+
+
 @dataclass
 class Rollout:
-    """n responses to each of B prompts, a prompt's n side by side.
+    """N responses to each of B prompts, a prompt's N side by side.
 
-    The tensors are (B * n, T), T the longest response: a row has its own tokens first, and zeros
-    behind them. They are of softmax(logits / temperature), before anything sharpens it.
+    The tensors are (B*N, T), with T the longest response: a row has its own tokens first, and
+    zeros behind them. They are of softmax(logits / temperature), before anything sharpens it.
     """
 
     N: int  # responses to each prompt
@@ -103,73 +119,46 @@ def generate(
     """Sample n responses to each of B prompts (lists of token ids): -> Rollout.
 
     A response ends with the first of the stop ids, which belongs to it, or without one at
-    max_new_tokens (it is truncated). Temperature 0 is greedy, and scored at 1. `sharpen`
-    changes the logits (b, V) that are drawn from, before the temperature, and not what is
-    scored. At most `rows` responses, or n, are sampled at once. A streamer of transformers
-    gets the tokens of a single response as they come.
+    max_new_tokens (it is truncated). Temperature 0 is greedy. `sharpen` changes the logits
+    (b, V) that are drawn from, before the temperature, and not what is scored. At most `rows`
+    responses, or n, are sampled at once. A streamer of transformers gets the tokens of a single
+    response as they come. Raises UserError where logits are not finite.
     """
     was_training = model.training
     model.eval()
-    responses = [[] for _ in range(len(prompts) * n)]
-    entropy = [[] for _ in responses]
-    logprobs = [[] for _ in responses]
-    mean_logprobs = [[] for _ in responses]
-    bar = tqdm(total=len(responses), desc=desc, unit="response", leave=False, delay=5,
+    shape = len(prompts) * n, max_new_tokens
+    tokens = torch.full(shape, -1, device=model.device)  # -1: no token
+    scores = torch.zeros(3, *shape, device=model.device)  # as one_token gives them
+    stop = torch.tensor(stop, device=model.device)
+    bar = tqdm(total=len(tokens), desc=desc, unit="response", leave=False, delay=5,
                disable=desc is None)
     for group in batches([len(p) for p in prompts], math.inf, count=max(1, rows // n)):
         cache, logits, mask, positions = prefill(model, [prompts[i] for i in group], n)
-        alive = [i * n + k for i in group for k in range(n)]  # the response of each row
-        for t in range(1, max_new_tokens + 1):
-            scores = (logits / (temperature or 1.0)).log_softmax(-1)  # (b, V)
-            values = token_entropy(scores).tolist()
-            if not all(map(math.isfinite, values)):
-                raise UserError(f"the logits are not finite at token {t}: the model's weights are "
-                                "broken, or a run's --lr is too high")
-            ids = draw(logits if sharpen is None else sharpen(logits), temperature)  # (b, 1)
-            tokens = ids[:, 0].tolist()
-            drawn, means = scores.gather(-1, ids)[:, 0].tolist(), scores.mean(-1).tolist()
-            for i, token, h, logprob, mean in zip(alive, tokens, values, drawn, means):
-                responses[i].append(token)
-                entropy[i].append(h)
-                logprobs[i].append(logprob)
-                mean_logprobs[i].append(mean)
+        alive = torch.tensor([i * n + k for i in group for k in range(n)], device=model.device)
+        for t in range(max_new_tokens):
+            ids, values = one_token(logits, temperature, sharpen)
+            if not values[0].isfinite().all():
+                raise UserError(f"the logits are not finite at token {t + 1}: the model's weights "
+                                "are broken, or a run's --lr is too high")
+            tokens[alive, t], scores[:, alive, t] = ids[:, 0], values
             if streamer is not None:
                 streamer.put(ids[:, 0].cpu())
             # the rows that have ended leave, and the others go on with their part of the cache
-            on = [row for row, token in enumerate(tokens) if token not in stop]
-            bar.set_postfix_str(f"token {t}", refresh=False)
+            on = (~torch.isin(ids[:, 0], stop)).nonzero()[:, 0]
+            bar.set_postfix_str(f"token {t + 1}", refresh=False)
             bar.update(len(alive) - len(on))
-            if not on or t == max_new_tokens:
+            if len(on) == 0 or t + 1 == max_new_tokens:
                 break
             if len(on) < len(alive):
-                alive = [alive[row] for row in on]
-                on = torch.tensor(on, device=model.device)
                 cache.batch_select_indices(on)
-                ids, mask, positions = ids[on], mask[on], positions[on]
+                alive, ids, mask, positions = alive[on], ids[on], mask[on], positions[on]
             mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
             logits = next_logits(model, cache, ids, mask, positions)
     bar.close()
     if streamer is not None:
         streamer.end()
     model.train(was_training)
-    return Rollout(
-        N=n,
-        V=logits.shape[-1],
-        responses=responses,
-        entropy=as_rows(entropy, model.device),
-        logprobs=as_rows(logprobs, model.device),
-        mean_logprobs=as_rows(mean_logprobs, model.device),
-        mask=as_rows([[True] * len(ids) for ids in responses], model.device),
-    )
-
-
-def draw(logits, temperature):
-    """(b, V) -> (b, 1): the likeliest token at temperature 0, else a drawn one."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    return torch.multinomial((logits / temperature).softmax(-1), 1)
-
-
-def as_rows(lists, device):
-    """Lists of numbers -> (rows, T), zeros behind each row's own."""
-    return pad_sequence([torch.tensor(row) for row in lists], batch_first=True).to(device)
+    T = (tokens >= 0).sum(1).max()
+    mask = tokens[:, :T] >= 0
+    responses = [row[row >= 0].tolist() for row in tokens]
+    return Rollout(n, logits.shape[-1], responses, *scores[:, :, :T].contiguous(), mask)

@@ -16,8 +16,9 @@ import functools
 import os
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from engine.sampler import Rollout, as_rows
+from engine.sampler import Rollout
 from entropy import score_all
 from scale import shards
 from tasks.errors import UserError
@@ -124,7 +125,8 @@ def sample(engine, prompts, stop, max_new_tokens, temperature, n, seed):
             responses.append(ids)
             logprobs.append([step[token].logprob for step, token in zip(output.logprobs, ids)])
     rest(engine)
-    return responses, as_rows(logprobs, "cpu")
+    rows = [torch.tensor(row) for row in logprobs]
+    return responses, pad_sequence(rows, batch_first=True)
 
 
 def output_index(output):
