@@ -27,6 +27,7 @@ The columns of metrics.csv, empty where a step did not measure something:
     val_length, val_truncated      of the greedy responses
 """
 import argparse
+import contextlib
 import csv
 import errno
 import functools
@@ -49,6 +50,7 @@ from safetensors import SafetensorError
 from engine.arguments import Help, growth, positive_int, whole_number
 from engine.files import append_jsonl, fresh_folder, lock, read_config, read_jsonl, replace_file
 from engine.load import load_model
+from engine.output import printing
 from engine.sampler import generate
 from entropy import score_all
 from tasks.errors import UserError
@@ -414,25 +416,30 @@ def is_best(rows):
     return rows[-1].get("val_greedy") == best
 
 
-# ------------------------------------------------------------------- ------------------ stopping
+# -------------------------------------------------------------------------------- stopping
 
 
 class StopSignal:
-    """From its making on, Ctrl-C and SIGTERM only set `asked`, for the loop to look at. The
-    second one stops at once."""
+    """From its making on, Ctrl-C, SIGTERM and a pipe whose reader has gone (`| head -1`) only
+    set `asked`, for the loop to look at. A second signal stops at once."""
 
     def __init__(self):
         self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
+        for stream in (sys.stdout, sys.stderr):
+            stream.on_loss = self.ask  # see engine/output.py
 
     def handle(self, number, frame):
         if self.asked:
             raise KeyboardInterrupt
+        self.ask(signal.Signals(number).name)
+
+    def ask(self, reason):
         self.asked = True
-        name = signal.Signals(number).name
-        message = f"\n{name}: this step is finished and saved first; once more stops at once\n"
-        os.write(2, message.encode())  # print may be in the middle of another line
+        message = f"\n{reason}: this step is finished and saved first; once more stops at once\n"
+        with contextlib.suppress(OSError):  # nobody reads that either
+            os.write(2, message.encode())  # print may be in the middle of another line
 
 
 def command(main):
@@ -444,11 +451,9 @@ def command(main):
     def wrapper(argv=None):
         name = Path(inspect.getfile(main)).name
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for stream in (sys.stdout, sys.stderr):  # a terminal may not have every character
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="backslashreplace")
         try:
-            main(argv)
+            with printing(name):
+                main(argv)
         except UserError as error:
             sys.exit(f"{name}: {error}")
         except (torch.OutOfMemoryError, MemoryError) as error:
