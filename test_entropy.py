@@ -597,7 +597,7 @@ def test_a_sampled_eos_counts_once_and_truncated_ones_have_none(first_step, tmp_
 def test_sft_gradient_is_that_of_transformers_loss(first_step, tmp_path):
     """A solution that is too long is cut, and has no EOS then."""
     some = list(PROBLEMS.values())[:12]
-    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, some)))
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, some)), encoding="utf-8")
     flags = "--loss sft --updates 1 --rollouts 1 --prompts 12 --data"
     seen = first_step(em_ft, f"{flags} {tmp_path}/some.jsonl")
     model, tokenizer = load_model(TINY, "cpu")

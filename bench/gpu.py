@@ -314,7 +314,7 @@ def run_part(name, folder, dry, limit):
     """Run a part in a process of its own: its results, or {"failed": its last line, "log"}."""
     command = [sys.executable, __file__, "--part", name, "--folder", str(folder)]
     log, result = folder / f"{name}.log", folder / f"{name}.json"
-    with open(log, "w") as output:
+    with open(log, "w", encoding="utf-8") as output:
         part = subprocess.Popen(
             command + ["--dry"] * dry, stdout=output, stderr=output, start_new_session=True
         )
@@ -327,8 +327,8 @@ def run_part(name, folder, dry, limit):
                 os.killpg(part.pid, signal.SIGKILL)  # and what it has started
             part.wait()
     if result.exists():
-        return json.loads(result.read_text())
-    text = log.read_text(errors="replace")
+        return json.loads(result.read_text(encoding="utf-8"))
+    text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = lines[-1] if lines else "it wrote nothing"
     return {"failed": f"{ending}: {last[-300:]}", "log": text[-4000:]}

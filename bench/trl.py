@@ -77,7 +77,9 @@ def measure(script, flags, threads):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / script), *flags.split(), "--out", f"{folder}/run"]
         threads = {"OMP_NUM_THREADS": str(threads)}  # without it em_rl.py would take one
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", env=os.environ | threads
+        )
         if done.returncode:
             sys.exit(done.stderr)
         rows = read_rows(Path(folder, "run/metrics.csv"))

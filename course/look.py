@@ -23,7 +23,7 @@ from em_inf import LEVELS, TINY, EMInf
 from engine.arguments import Help, positive, positive_int, whole_number
 from engine.files import read_config
 from engine.load import load_model, set_up
-from engine.run import checkpoint_of, read_rows
+from engine.run import checkpoint_of, command, read_rows
 from engine.sampler import generate
 from entropy import output_head, score_all, token_entropy
 from tasks.errors import UserError
@@ -97,6 +97,7 @@ def column(path, model, tokenizer, sharpen, problem, data, args):
             f'aria-label="Tokens">{spans}</p></article>\n')
 
 
+@command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument

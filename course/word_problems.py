@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.arguments import Help, nonnegative, positive_int, whole_number
 from engine.files import replace_file
+from engine.run import command
 
 ASK = "Answer with the number in \\boxed{}."
 NAMES = "Mia Noah Lena Omar Ruth Ivan Yuki Paul Ana Karl".split()
@@ -117,7 +118,8 @@ def problem(rng, kind, lengths, args):
     }
 
 
-def main():
+@command
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/words"), help="folder for the three files")
@@ -129,7 +131,7 @@ def main():
     add("--noise", type=nonnegative, default=0.05, metavar="SHARE", help="of wrong steps among "
         "the worked ones")
     add("--seed", type=whole_number, default=1, help="of everything")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if 3 * args.direct + args.rambling > 1:
         parser.error(f"--direct {args.direct}: four steps would have 3 times that share, and "
                      f"--rambling {args.rambling}: more than all answers")

@@ -65,8 +65,22 @@ def append_jsonl(path, rows):
 def replace_file(path, text):
     """Write a file beside its old version, then rename: a kill leaves the one or the other."""
     new = path.with_name(f"{path.name}.{os.getpid()}.new")  # shards may write the same file
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
+    new.write_text(text, encoding="utf-8", newline="\n")  # on Windows, too
+    replace(new, path)
+
+
+def replace(new, old):
+    """Rename a file or folder to the name of another file, or of none.
+
+    Windows refuses that while any program has one of them open: a virus scanner for a moment, a
+    spreadsheet for hours. So it is tried for 7 seconds, and then a PermissionError.
+    """
+    for pause in (0.2, 0.8, 2, 4):
+        try:
+            return new.replace(old)
+        except PermissionError:
+            time.sleep(pause)
+    new.replace(old)
 
 
 def read_config(folder, script=None):

@@ -1,6 +1,7 @@
 """
 Load a language model and its tokenizer: on which device, in which precision, from where.
 """
+import itertools
 import json
 import os
 from pathlib import Path
@@ -43,11 +44,11 @@ def load_model(name, device, dtype=torch.float32):
         tokenizer = AutoTokenizer.from_pretrained(name)
         settings = Path(name, "generation_config.json")  # if damaged, transformers ignores it
         if settings.exists():
-            json.loads(settings.read_text())
+            json.loads(settings.read_text(encoding="utf-8"))
         adapters = Path(name, "adapter_config.json")  # of --lora
         base = name
         if adapters.exists():
-            base = json.loads(adapters.read_text())["base_model_name_or_path"]
+            base = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"]
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         if adapters.exists():
             import peft
@@ -60,4 +61,10 @@ def load_model(name, device, dtype=torch.float32):
         raise UserError(f"model {name}: no folder here, and {hub_says(reached)} model") from error
     if model.num_parameters() < 2**20 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # beside any other work several would wait for each other
-    return model.to(device).eval(), tokenizer
+    model.to(device).eval()
+    if model.device.type == "cpu":
+        # safetensors has mapped the file into memory: whoever writes to it changes the model,
+        # and Windows lets nobody rename it
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model, tokenizer

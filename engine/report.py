@@ -89,7 +89,7 @@ def plot(rows, folder):
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = "/".join(Path(config["model"]).parts[-2:])
     what = config.get("reward") or config["loss"]
     figure.suptitle(f"{config['script']}, {what}: {name}", fontsize=10)

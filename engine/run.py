@@ -48,7 +48,15 @@ import transformers
 from safetensors import SafetensorError
 
 from engine.arguments import Help, growth, positive_int, whole_number
-from engine.files import append_jsonl, fresh_folder, lock, read_config, read_jsonl, replace_file
+from engine.files import (
+    append_jsonl,
+    fresh_folder,
+    lock,
+    read_config,
+    read_jsonl,
+    replace,
+    replace_file,
+)
 from engine.load import load_model
 from engine.output import printing
 from engine.sampler import generate
@@ -344,7 +352,7 @@ def read_rows(path):
     """The rows of such a file, as dicts of numbers without what a step did not measure."""
     rows = []
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         if not text.endswith("\n"):
             raise ValueError("its last line is cut off")
         for line in csv.DictReader(io.StringIO(text)):
@@ -363,7 +371,7 @@ def save_model(folder, model, tokenizer, state=None):
     """Write an ordinary Hugging Face folder, and perhaps state.pt in it.
 
     A kill at any moment leaves the old folder or the new one. Raises UserError where the disk
-    is full; the old folder is whole then.
+    is full, or another program has the old one open; it is whole then.
     """
     new = folder.with_name(folder.name + ".new")
     old = folder.with_name(folder.name + ".old")
@@ -374,15 +382,15 @@ def save_model(folder, model, tokenizer, state=None):
         tokenizer.save_pretrained(new)
         if state is not None:
             torch.save(state, new / "state.pt")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            replace(folder, old)
+        replace(new, folder)
     except (OSError, RuntimeError, SafetensorError) as error:  # as torch and safetensors say it
         shutil.rmtree(new, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free / 1e6
         raise UserError(f"{folder} could not be written ({error}); {free:,.0f} MB are free there, "
                       "and the version before, if any, is whole") from error
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -32,7 +32,7 @@ from report import DELTAS, fill, made_by, read_csv, sign_of_gains, write_csv
 from em_inf import DECODERS, SHARPENERS
 from engine.arguments import Help, comma_list, positive_int
 from engine.files import replace_file
-from engine.run import read_rows
+from engine.run import command, read_rows
 from tasks.errors import UserError
 from tasks.scores import CONFIDENCE
 
@@ -232,7 +232,7 @@ def plan(settings, folder):
 def result_of(job):
     """{part: {metric: value}} of a finished measurement (see `measure`) or training run."""
     if job.out.suffix == ".json":
-        return json.loads(job.out.read_text())
+        return json.loads(job.out.read_text(encoding="utf-8"))
     rows = read_rows(job.out / "metrics.csv")
     run, base = of_run(rows), of_run(rows[:1])
     gains = {f"gain {key}": run[key] - base[key] for key in ("greedy", "T = 1")}
@@ -248,14 +248,15 @@ def collect(uses):
     return found | sign_of_gains(found)
 
 
-def main():
+@command
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--quick", action="store_true", help="the settings under QUICK: less of everything")
     add("--seeds", type=positive_int, help="seeds 1 to SEEDS, not those under FULL or QUICK")
     add("--jobs", type=positive_int, default=os.cpu_count(), help="at a time, one core each")
     add("--only", type=comma_list, help="experiments, with commas; without it all of them")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     os.chdir(ROOT)
     settings = QUICK if args.quick else FULL
     settings = settings | {"seeds": args.seeds or settings["seeds"]}
@@ -289,12 +290,12 @@ def main():
     tables, pictures = (Path("tiny"), Path("assets")) if shipped else (folder, folder)
     write_csv(tables / "findings.csv", found)
     found = read_csv(tables / "findings.csv")  # rounded, and the texts must agree with it
-    report = fill(Path("findings/findings.md").read_text(), found, texts)
+    report = fill(Path("findings/findings.md").read_text(encoding="utf-8"), found, texts)
     replace_file(tables / "findings.md", report)
     draw_all(found, curves, pictures)
     if shipped:
         for path in Path("README.md"), Path("course/README.md"):
-            replace_file(path, fill(path.read_text(), found))
+            replace_file(path, fill(path.read_text(encoding="utf-8"), found))
     print(report)
 
 

@@ -55,7 +55,7 @@ def run_job(job, folder):
     name = job.out.name
     finished = folder / f"logs/{name}.finished"
     if finished.exists():
-        command, seconds = json.loads(finished.read_text())
+        command, seconds = json.loads(finished.read_text(encoding="utf-8"))
         if command == job.command:
             return seconds
         shutil.rmtree(job.out, ignore_errors=True)  # it was made with other settings
@@ -67,14 +67,14 @@ def run_job(job, folder):
         flag = "--out"
     started = time.time()
     log = folder / f"logs/{name}.txt"
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(
             [sys.executable, *job.command, flag, job.out], stdout=file, stderr=file,
             env={"OMP_NUM_THREADS": "1"} | os.environ,
         ).returncode
     if code:
         raise RuntimeError(f"{name} failed with exit code {code}; the end of {log}:\n"
-                           + log.read_text()[-300:])
+                           + log.read_text(encoding="utf-8", errors="replace")[-300:])
     seconds = time.time() - started
     replace_file(finished, json.dumps([job.command, seconds]))
     return seconds

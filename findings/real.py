@@ -53,7 +53,7 @@ from em_inf import SCHEMES, AdaptiveTemperature, EMInf, decode_and_grade, parse_
 from engine.arguments import Help, comma_list, positive_int
 from engine.files import lock, read_jsonl, replace_file
 from engine.load import load_model, set_up
-from engine.run import read_rows
+from engine.run import command, read_rows
 from entropy import output_head
 from eval import evaluate
 from tasks.answers import grade, last_box, same_answer
@@ -149,7 +149,7 @@ def samples_of(key, folder, problems, n, args):
 
 def commit():
     describe = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    return subprocess.run(describe, capture_output=True, encoding="utf-8", cwd=ROOT).stdout.strip()
 
 
 def measure(rows, key, problems, n, folder, args, more=()):
@@ -202,7 +202,8 @@ def named_files(text):
     return dict(pair.split("=", 1) for pair in text.split(","))
 
 
-def main():
+@command
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("table", choices=["forecast", "decoding", "training", "overlap", "report"])
@@ -221,7 +222,7 @@ def main():
     add("--allow-code-execution", action="store_true", help="ask HumanEval too, and run the "
         "programs that answer, in a sandbox")
     add("--csv", type=Path, help="without it findings/real.csv, with --quick one in runs/")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     settings = QUICK if args.quick else GPU if torch.cuda.is_available() else FULL
     for name in settings:
         setattr(args, name, getattr(args, name) or settings[name])

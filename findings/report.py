@@ -88,7 +88,7 @@ def settings_of(found, experiment, metric):
 
 
 def write_csv(path, found):
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file, lineterminator="\n")
         out.writerow("experiment setting metric unit values".split())
         for key, values in found.items():
@@ -98,7 +98,7 @@ def write_csv(path, found):
 
 def read_csv(path):
     found = {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             key = row["experiment"], row["setting"], row["metric"]
             found[key] = [float(value) for value in row["values"].split()]
@@ -325,7 +325,7 @@ def fill(text, found, texts=None):
 def made_by(command, seeds, minutes):
     """A paragraph: what made these numbers?"""
     describe = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(describe, capture_output=True, encoding="utf-8").stdout.strip()
     return (
         f"Made by `{command}` at commit {commit}: mean ± sd of {seeds} seed{'s' * (seeds > 1)}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}; {minutes:.0f} "

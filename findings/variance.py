@@ -26,6 +26,7 @@ from em_rl import REWARDS, advantage, entropy_weight
 from engine.arguments import Help, two_or_more, whole_number
 from engine.files import replace_file
 from engine.load import load_model
+from engine.run import command
 from engine.sampler import generate
 from entropy import output_head, score
 from tasks.problems import load_problems
@@ -56,6 +57,7 @@ def estimates(model, head, prompts, stop, norm):
     return gradients
 
 
+@command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument

@@ -123,7 +123,7 @@ def become_program(code):
 
 def remove_shared_memory(creator):
     """Remove the System V segments that a process made, which would outlive it."""
-    with open("/proc/sysvipc/shm") as table:
+    with open("/proc/sysvipc/shm", encoding="ascii") as table:
         rows = table.readlines()[1:]
     for row in rows:
         fields = row.split()  # key, id, rights, bytes, creator, ...
@@ -159,7 +159,7 @@ def guard():
     signal.signal(signal.SIGTERM, stop)
     child = os.fork()
     if child == 0:
-        sys.stderr = open(os.dup(2), "w")  # takes errors until exec closes it
+        sys.stderr = open(os.dup(2), "w", encoding="utf-8")  # takes errors until exec closes it
         os.dup2(os.open("/dev/null", os.O_WRONLY), 2)
         drop_rights(root, namespaces)
         set_limits(seconds, memory, processes=16 if namespaces else 1)

@@ -231,7 +231,7 @@ def test_guard_sees_collapse_and_leaves_a_healthy_run_alone():
 
 def test_ctrl_c_saves_and_a_second_process_is_refused():
     """In a real process, whose terminal lacks characters of the prompts."""
-    Path("data.jsonl").write_text('{"prompt": "∑ é"}\n' * 32)
+    Path("data.jsonl").write_text('{"prompt": "∑ é"}\n' * 32, encoding="utf-8")
     flags = "--data data.jsonl --val none"
     command = [sys.executable, ROOT / "em_rl.py", *(FLAGS + flags).split()]
     process = subprocess.Popen(

@@ -263,12 +263,12 @@ def test_numbers_are_put_where_a_text_wants_them():
 def test_the_texts_say_what_the_csv_says():
     found = report.read_csv(ROOT / "findings/findings.csv")
     for name, count in ("findings/findings.md", 30), ("README.md", 12), ("course/README.md", 0):
-        text = (ROOT / name).read_text()
+        text = (ROOT / name).read_text(encoding="utf-8")
         assert report.fill(text, found) == text, name
         marks = re.findall(r"<!-- \w+: (\w+)|<!--(\w+)\|", text)
         assert len(marks) >= count, name
         assert {first or second for first, second in marks} <= {key[0] for key in found}, name
-    text = (ROOT / "findings/findings.md").read_text()
+    text = (ROOT / "findings/findings.md").read_text(encoding="utf-8")
     assert "-dirty" not in text and "not measured" not in text
 
 
@@ -281,11 +281,11 @@ def test_the_figures_can_be_drawn(tmp_path):
     assert {path.name for path in pictures} == {path.name for path in tmp_path.iterdir()}
     for picture in pictures:
         assert (tmp_path / picture.name).stat().st_size > 10_000
-        assert picture.name in Path(ROOT / "findings/findings.md").read_text()
+        assert picture.name in Path(ROOT / "findings/findings.md").read_text(encoding="utf-8")
 
 
 def test_no_number_in_readme_s_findings_is_without_its_source():
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme[readme.index("## What it finds") : readme.index("## A model of your own")]
     held = r"[+-]?[\d.]+( %| points)?<!--.*?-->|^\|.*$|--beta [\d.]+"
     untold = re.findall(r"\d+\.\d+", re.sub(held, "", section, flags=re.MULTILINE))

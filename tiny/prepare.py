@@ -54,6 +54,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.arguments import Help, nonnegative, positive, positive_int, whole_number
 from engine.files import replace_file
+from engine.run import command
 
 HERE = Path(__file__).resolve().parent
 TRAIN, TEST = 4096, 512  # problems
@@ -184,11 +185,11 @@ def make_tokenizer(folder):
     encoding = tiktoken.Encoding(
         "tiny", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)}
     )
-    with tempfile.NamedTemporaryFile("w", suffix=".tiktoken") as file:
-        for token, rank in ranks.items():  # tiktoken's own format
-            file.write(f"{base64.b64encode(token).decode()} {rank}\n")
-        file.flush()
-        converter = TikTokenConverter(file.name, pattern=PATTERN, extra_special_tokens=[END])
+    with tempfile.TemporaryDirectory() as place:  # Windows opens no temporary file a second time
+        path = Path(place, "tiny.tiktoken")
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+        path.write_text("".join(lines), encoding="ascii")  # tiktoken's own format
+        converter = TikTokenConverter(str(path), pattern=PATTERN, extra_special_tokens=[END])
         merges = converter.converted()
     fast = PreTrainedTokenizerFast(tokenizer_object=merges, eos_token=END, pad_token=END)
     fast.save_pretrained(folder)
@@ -235,7 +236,8 @@ def pretrain(model, tokenizer, stream, steps, args, name):
             bar.set_postfix(loss=f"{loss.item():.3f} nats/token")
 
 
-def main():
+@command
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--out", type=Path, default=HERE / "base", help="folder for model and tokenizer")
@@ -252,7 +254,7 @@ def main():
     add("--heads", type=positive_int, default=2, help="attention heads")
     add("--seed", type=whole_number, default=1, help="of everything")
     add("--sample", type=positive_int, metavar="N", help="print N documents and end")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.start and not args.start.is_dir():
         parser.error(f"--start {args.start}: there is no such folder")
 
