@@ -57,6 +57,7 @@ from tasks.errors import UserError
 from tasks.problems import load_gradable
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
 from tasks.scores import table
+from tasks.steps import ask_in_rounds
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(
@@ -291,11 +292,11 @@ def decode_and_grade(
     sharpen = sharpeners[name].sharpen if name else None
     n, rounds = SCHEMES[scheme]
     stop = stop_ids(model, tokenizer)
-    started = time.time()
-    earlier = [None] * len(problems)  # text of the answer before
-    spent = [0] * len(problems)  # tokens
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+
+    def ask(problems, _):  # once each
+        started = time.time()
+        earlier = [None] * len(problems)  # text of the answer before
+        spent = [0] * len(problems)  # tokens
         for _ in range(rounds):
             pairs = zip(problems, earlier)
             prompts = [encode_problem(tokenizer, problem, text) for problem, text in pairs]
@@ -311,12 +312,16 @@ def decode_and_grade(
                 responses.append(group[best])
                 earlier[i] = after_thoughts(texts[best]) or None  # cut in a thought: ask again
                 spent[i] += n * len(prompt) + sum(len(ids) for ids in group)
-    seconds = (time.time() - started) / len(problems)
-    scores = score_all(model, head, prompts, responses)
-    return graded(
-        model, tokenizer, problems, responses, scores, spent=spent, decoder=decoder, seed=seed,
-        seconds=seconds, allow_code=allow_code,
-    )
+        seconds = (time.time() - started) / len(problems)
+        scores = score_all(model, head, prompts, responses)
+        return graded(
+            model, tokenizer, problems, responses, scores, spent=spent, decoder=decoder,
+            seed=seed, seconds=seconds, allow_code=allow_code,
+        )
+
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return ask_in_rounds(problems, 1, ask)
 
 
 @run.command
@@ -343,6 +348,8 @@ def main(argv=None):
     add("--seeds", type=positive_int, default=3, help="seeds 1 to SEEDS; one for greedy")
     add("--max-new-tokens", type=positive_int, default=3072, help="longest response, tokens")
     add("--rollout-batch", type=positive_int, default=128, help="responses sampled at once")
+    add("--allow-code-execution", action="store_true",
+        help="run the programs that answer code problems, in a sandbox")
     add("--device", help="cuda, mps or cpu; without it the first there is")
     args = parser.parse_args(argv)
     if args.model is None:  # the tiny model's settings replace defaults, and flags win
@@ -357,7 +364,7 @@ def main(argv=None):
     model, tokenizer = load_model(args.model, device, dtype)
     if args.prompt:
         return answer_one(args, model, tokenizer, em_inf)
-    problems = load_gradable(args.data, args.limit, allow_code=False)
+    problems = load_gradable(args.data, args.limit, args.allow_code_execution)
     head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
     print(f"{args.model} on {len(problems)} problems of {args.data}, {device}", flush=True)
 
@@ -372,6 +379,7 @@ def main(argv=None):
                 model, tokenizer, head, problems, name, args.max_new_tokens, seed=seed,
                 rows=args.rollout_batch, desc=f"{name}, {seed}", temperature=args.temperature,
                 sharpeners={"em-inf": em_inf, "adaptive-temperature": adaptive},
+                allow_code=args.allow_code_execution,
             )
             results.setdefault(name, []).extend(samples)
     except KeyboardInterrupt:

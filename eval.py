@@ -40,6 +40,7 @@ from tasks import answers, scores
 from tasks.errors import UserError
 from tasks.problems import HUB, load_gradable, load_problems
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
+from tasks.steps import as_asked, ask_in_rounds, pieces
 
 HERE = Path(__file__).parent
 DECODERS = {0: "greedy", 1: "sample"}  # by temperature
@@ -56,26 +57,29 @@ def evaluate(
     A problem's n answers stand side by side. Temperature 0 is greedy. The caller's random
     state stays as it was, so that evaluating more often does not change a training run.
     """
-    started = time.time()
+    decoder = DECODERS.get(temperature, f"sample@{temperature}")
     stop = stop_ids(model, tokenizer)
-    prompts = [encode_problem(tokenizer, problem) for problem in problems]
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        rollout = generate(
+
+    def ask(problems, n):
+        started = time.time()
+        prompts = [encode_problem(tokenizer, problem) for problem in problems]
+        scores = rollout = generate(
             model, prompts, stop, max_new_tokens, temperature, n=n, rows=rows, desc=desc
         )
-    problems = [problem for problem in problems for _ in range(n)]
-    prompts = [prompt for prompt in prompts for _ in range(n)]
-    seconds = (time.time() - started) / len(problems)
-    scores = rollout
-    if temperature not in (0, 1):  # a sample's entropy is the model's own, at T = 1
-        scores = score_all(model, head, prompts, rollout.responses)
-    spent = [len(p) + len(r) for p, r in zip(prompts, rollout.responses)]
-    return graded(
-        model, tokenizer, problems, rollout.responses, scores, spent=spent,
-        decoder=DECODERS.get(temperature, f"sample@{temperature}"), seed=seed,
-        seconds=seconds, allow_code=allow_code,
-    )
+        problems = [problem for problem in problems for _ in range(n)]
+        prompts = [prompt for prompt in prompts for _ in range(n)]
+        seconds = (time.time() - started) / len(problems)
+        if temperature not in (0, 1):  # a sample's entropy is the model's own, at T = 1
+            scores = score_all(model, head, prompts, rollout.responses)
+        spent = [len(p) + len(r) for p, r in zip(prompts, rollout.responses)]
+        return graded(
+            model, tokenizer, problems, rollout.responses, scores, spent=spent,
+            decoder=decoder, seed=seed, seconds=seconds, allow_code=allow_code,
+        )
+
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return ask_in_rounds(problems, n, ask)
 
 
 def graded(
@@ -91,6 +95,7 @@ def graded(
         truncated, length   did it end without a stop token; tokens, the stop token included
         entropy, logprob    means over its tokens, nats, from `scores` (entropy.Scores)
         flops               2 P n, with n the tokens that went through the model for it
+        main                only of a step: the problem that it is a step of
     """
     stop = stop_ids(model, tokenizer)
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
@@ -115,6 +120,8 @@ def graded(
             "seconds": seconds,
             "answer": problem.get("answer"),
         })
+        if "main" in problem:
+            samples[-1]["main"] = problem["main"]
     return samples
 
 
@@ -168,7 +175,7 @@ def regrade(folder, allow_code):
             known = {problem["id"]: problem for problem in load_problems(data)}
             if missing := [sample["id"] for sample in samples if sample["id"] not in known]:
                 raise UserError(f"--regrade {folder}: {data} has no problem {missing[0]} any more")
-            problems = [known[sample["id"]] for sample in samples]
+            problems = as_asked([known[sample["id"]] for sample in samples], samples)
         texts = [sample["response"] for sample in samples]
         for sample, right in zip(samples, answers.grade(problems, texts, allow_code)):
             sample["correct"] = right
@@ -186,6 +193,24 @@ def temperature_of(decoder):
         raise UserError(f"--decode {decoder}: give greedy, sample or sample@T with a T above 0; "
                          "em_inf.py has other decoders")
     return temperature
+
+
+def jobs_of(problems, args):
+    """A job is some problems of one data set, with one decoder and one seed: a dict. Its
+    samples have `places` among all of that data set, decoder and seed, and are written at once.
+    """
+    jobs = []
+    for data, decoder, seed in itertools.product(problems, args.decode, range(1, args.seeds + 1)):
+        greedy = temperature_of(decoder) == 0
+        if seed > 1 and greedy:
+            continue  # there is no chance in it
+        n, end = 1 if greedy else args.n, 0
+        for some in pieces(problems[data], max(1, args.rollout_batch // n)):
+            places = range(end, end + len(some) * n)
+            job = dict(data=data, decoder=decoder, seed=seed, n=n, problems=some, places=places)
+            jobs.append(job)
+            end = places.stop
+    return jobs
 
 
 @run.command
@@ -244,8 +269,8 @@ def main(argv=None):
 
     # ------------------------------------------------------------------------------- set-up
     device, dtype = set_up(args.device)
-    temperatures = {decoder: temperature_of(decoder) for decoder in args.decode}
-    if len(set(temperatures.values())) < len(temperatures):
+    temperatures = [temperature_of(decoder) for decoder in args.decode]
+    if len(set(temperatures)) < len(temperatures):
         raise UserError(f"--decode {','.join(args.decode)}: two of them are the same")
     problems = {}
     for data in args.data:
@@ -271,39 +296,31 @@ def main(argv=None):
     print(f"results: {folder}", flush=True)
 
     # --------------------------------------------------------------------------- evaluation
-    # A job is some of the problems, with one decoder and one seed: it is written at once.
     done = set()
     for path in folder.glob("samples*.jsonl"):  # one of each part
         for sample in read_jsonl(path):
             done.add((sample.get("job"), sample.get("place")))
-    jobs, job, total = [], 0, 0
-    for data, decoder, seed in itertools.product(problems, args.decode, range(1, args.seeds + 1)):
-        n = args.n if temperatures[decoder] else 1
-        if seed > 1 and not temperatures[decoder]:
-            continue  # there is no chance in greedy decoding
-        size = max(1, args.rollout_batch // n)
-        for start in range(0, len(problems[data]), size):
-            some = problems[data][start : start + size]
-            places = range(start * n, (start + len(some)) * n)
-            finished = all((job, place) in done for place in places)
-            if job % parts == first and not finished:
-                jobs.append((job, data, decoder, seed, some, places, n))
-            job, total = job + 1, total + len(places)
-    bar = tqdm(jobs, unit="job", leave=False, delay=5)
+    jobs, left = jobs_of(problems, args), []
+    for number in range(first, len(jobs), parts):
+        if not all((number, place) in done for place in jobs[number]["places"]):
+            left.append(number)
     try:
-        for job, data, decoder, seed, some, places, n in bar:
-            bar.set_description(f"{Path(data).stem} {decoder}, seed {seed}")
+        for number in tqdm(left, unit="job", leave=False, delay=5):
+            job = jobs[number]
             samples = evaluate(
-                model, tokenizer, head, some, temperatures[decoder], args.max_new_tokens,
-                seed=seed + 1000 * places[0], n=n, rows=args.rollout_batch, desc="responses",
-                allow_code=args.allow_code_execution,
+                model, tokenizer, head, job["problems"], temperature_of(job["decoder"]),
+                args.max_new_tokens, seed=job["seed"] + 1000 * job["places"][0], n=job["n"],
+                rows=args.rollout_batch, allow_code=args.allow_code_execution,
+                desc=f"{Path(job['data']).stem} {job['decoder']}, seed {job['seed']}",
             )
-            for place, sample in zip(places, samples):
-                sample.update(data=data, decoder=decoder, seed=seed, job=job, place=place)
+            for place, sample in zip(job["places"], samples):
+                sample |= {name: job[name] for name in ("data", "decoder", "seed")}
+                sample |= {"job": number, "place": place}
             append_jsonl(folder / f"samples{suffix}.jsonl", samples)
     except KeyboardInterrupt:
         raise UserError(f"stopped; go on with: python eval.py --resume {folder}") from None
     results = read_samples(folder)
+    total = sum(len(job["places"]) for job in jobs)
     missing = total - sum(map(len, results.values()))
     if missing:
         return print(f"\nthis part is done; {missing:,} of {total:,} samples are to come")

@@ -197,24 +197,21 @@ def most_agreed(texts):
 def grade(problems, responses, allow_code=False):
     """Is each response (text) right for its problem? -> a list of bools.
 
-    Where there are tests, the response's program is run with them, after the problem's setup
-    and the programs of the problems that it comes "after". Without allow_code, tests raise
-    UserError.
+    Where there are tests, the response's program is run with them, after the problem's setup.
+    A step that comes "after" others is graded as tasks/steps.py makes it: with their programs
+    in its setup. Without allow_code, tests raise UserError.
     """
     if not allow_code and any("tests" in problem for problem in problems):
         raise UserError(NOT_ALLOWED)
-    right, programs, jobs = {}, {}, {}
+    right, jobs = {}, {}
     for i, problem in enumerate(problems):
         if "tests" not in problem:
             right[i] = is_correct(responses[i], problem)
             continue
         program = find_answer(responses[i], problem)
-        programs[problem["id"]] = program or ""
         if program:
-            pieces = [problem.get("setup", "")]
-            pieces += [programs.get(earlier, "") for earlier in problem.get("after", [])]
-            program = "\n".join(pieces + [program])
-        jobs[i] = program, problem["tests"]
+            program = "\n".join([problem.get("setup", ""), program])
+        jobs[i] = program, problem["tests"], *problem.get("limits", ())
     if jobs:
         right.update(zip(jobs, sandbox.grade(jobs.values(), desc="grade")))
     return [right[i] for i in range(len(problems))]

@@ -7,7 +7,9 @@ Problems: of files, of the benchmarks, and of any data set of the Hub.
 
 A problem is a dict with "id", "prompt" and what its responses are graded against: an "answer"
 (a string), or "tests". These are Python source that raises where a program is wrong, or a
-list of {"input": stdin, "output": stdout}. "setup" is Python source to run before the program.
+list of {"input": stdin, "output": stdout}. "setup" is Python source to run before the program,
+and "limits" are [seconds, bytes of memory] for a run. A step of a "main" problem comes "after"
+others, a list of ids: see tasks/steps.py.
 """
 import base64
 import functools
@@ -18,6 +20,7 @@ import sys
 import urllib.error
 import urllib.request
 import zlib
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -25,6 +28,7 @@ import huggingface_hub
 from tasks.answers import NOT_ALLOWED, last_box
 from tasks.errors import UserError
 from tasks.sandbox import has_namespaces, passes
+from tasks.steps import PROGRAM
 
 PROMPT_FIELDS = "prompt", "problem", "question"  # the first one that a row has
 KINDS = {  # field: what it may be
@@ -36,6 +40,8 @@ KINDS = {  # field: what it may be
     "solution": (str, "a string"),
     "setup": (str, "Python source"),
     "after": (list, "a list of ids"),
+    "main": (str, "the id of a problem that has steps"),
+    "limits": (list, "[seconds, bytes of memory]"),
 }
 STEM = """
 abstract_algebra astronomy college_biology college_chemistry college_computer_science
@@ -163,38 +169,53 @@ def private_tests(text):
     return json.loads(strings[0])
 
 
-def scicode(row):
-    """A main problem's steps, with the scientists' background. The tests need the benchmark's
-    package and its test_data.h5 (github.com/scicode-bench/SciCode).
+def scicode(row, background):
+    """A main problem's steps, each asked with the model's own code of the steps before it, as
+    in the benchmark, and with or without the scientists' background.
 
-    The benchmark shows a model its own code of the steps before. Here a prompt has their
-    headers, and "after" their ids: their code runs between "setup" and this step's.
+    The tests need the benchmark's package, and its test_data.h5 in Python's own folder
+    (sys.prefix, as programs see no other): github.com/scicode-bench/SciCode.
+
+    Departures: the three steps whose code the benchmark gives (13.6, 62.1, 76.3) are asked as
+    all others. A program keeps its imports.
     """
-    imports, headers, ids = row["required_dependencies"], [], []
+    dependencies = row["required_dependencies"]
+    shown, ids = [], []  # the steps before, with their code
     for step in row["sub_steps"]:
-        number, header, cases = step["step_number"], step["function_header"], step["test_cases"]
-        prompt = [row["problem_description_main"]]
-        if headers:
-            prompt.append("These functions are there already:\n" + block("\n\n".join(headers)))
+        number, cases = step["step_number"], step["test_cases"]
+        name = f"scicode/{number}"
+        task = step["step_description_prompt"]
+        if background:
+            task += f"\n{step['step_background']}"
+        header = f"{step['function_header']}\n\n{step['return_line']}"
+        prompt = ["Write the code of the next step towards the solution of a scientific problem."]
+        if shown:
+            prompt += ["The steps before it, and your code of them:", *shown]
         prompt += [
-            f"The next step: {step['step_description_prompt']}",
-            step["step_background"],
-            "Complete this function:\n" + block(f"{header}\n{step['return_line']}"),
-            f"These imports are there already:\n{block(imports)}\n{ANSWER}",
+            f"The next step: {task}",
+            f"Complete this function:\n{block(header)}",
+            f"Use only these imports, which are there already:\n{block(dependencies)}",
+            "Write this step only: the code of the steps before is there, too, and neither "
+            "examples nor tests are asked for.",
         ]
-        tests = "from scicode.parse.parse import process_hdf5_to_tuple\n"
-        tests += f"targets = process_hdf5_to_tuple({number!r}, {len(cases)})\n"
+        if not background:
+            prompt.append("Begin the code with the step's scientific background, as a comment.")
+        tests = "import sys\nfrom scicode.parse.parse import process_hdf5_to_tuple\n"
+        tests += "data = sys.prefix + '/test_data.h5'\n"
+        tests += f"targets = process_hdf5_to_tuple({number!r}, {len(cases)}, data)\n"
         for i, case in enumerate(cases):
             tests += f"target = targets[{i}]\n{case}\n"
         yield {
-            "id": f"scicode/{number}",
-            "prompt": "\n\n".join(prompt),
-            "setup": imports,
+            "id": name,
+            "main": f"scicode/{number.partition('.')[0]}",
+            "prompt": "\n\n".join([*prompt, ANSWER]),
+            "setup": dependencies,
             "tests": tests,
             "after": list(ids),
+            "limits": [1800, 2**33],  # the benchmark's seconds
         }
-        headers.append(header)
-        ids.append(f"scicode/{number}")
+        ids.append(name)
+        shown += [task, block(PROGRAM.format(name)), "------"]
 
 
 def eurus_code(row):
@@ -232,7 +253,10 @@ HUB = {  # name: (id on the Hub, configuration, split, how many problems, row ->
     # the authors' copy wants to run a script
     "livecodebench":
         ("lighteval/code_generation_lite", "release_v2", "test", 511, livecodebench),
-    "scicode": ("SciCode1/SciCode", None, "test", 288, scicode),  # steps of 65 problems
+    # steps of 65 main problems; the paper's table is with background
+    "scicode": ("SciCode1/SciCode", None, "test", 288, partial(scicode, background=False)),
+    "scicode-background":
+        ("SciCode1/SciCode", None, "test", 288, partial(scicode, background=True)),
     "eurus-code": ("PRIME-RL/Eurus-2-RL-Data", None, "train", None, eurus_code),
 }
 INDVAL = (
@@ -326,6 +350,9 @@ def as_problem(row, default_id):
             raise UserError(f'"{key}" is {shown(value)}; make it {wanted}, or leave it out')
     if "tests" in problem:
         passes(None, problem["tests"])  # runs nothing, and refuses what can't be run
+    limits = problem.get("limits", [1, 1])
+    if len(limits) != 2 or not all(isinstance(limit, int | float) for limit in limits):
+        raise UserError(f'"limits" is {shown(limits)}; make it [seconds, bytes of memory]')
     answer = problem.pop("answer", None)
     if answer is None:
         answer = last_box(problem.get("solution", ""))
@@ -375,6 +402,8 @@ def load_problems(name_or_path):
                 if other is not None:
                     raise UserError(f"its id {problem['id']!r} is that of {other}, too; give "
                                      "each problem its own, or leave the ids out")
+                if missing := [i for i in problem.get("after", []) if i not in places]:
+                    raise UserError(f"it comes after {missing[0]!r}, which is no problem above it")
                 places[problem["id"]] = where
                 problems.append(problem)
         except KeyError as error:

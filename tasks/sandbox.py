@@ -216,8 +216,9 @@ def passes(program, tests, seconds=6, memory=2**30):
 
 
 def grade(jobs, workers=None, desc=None, **limits):
-    """`passes` for many (program, tests), `workers` at a time (default: one for each core).
-    `limits`: seconds and memory, as for `passes`. Returns bools, in the order of `jobs`."""
+    """`passes` for many (program, tests), or (program, tests, seconds, memory), `workers` at a
+    time (default: one for each core). `limits`: seconds and memory, as for `passes`, of jobs
+    that have none. Returns bools, in the order of `jobs`."""
     jobs = list(jobs)
     has_namespaces()
     if workers is None and sys.platform == "linux":

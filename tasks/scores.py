@@ -3,6 +3,7 @@ Scores of graded samples, which are the dicts that eval.graded describes: accura
 intervals, pass@k, calibration, and a forecast of what EM will do to the model.
 """
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -129,6 +130,18 @@ def by_problem(samples, key="correct"):
     return groups
 
 
+def main_problems(samples):
+    """{(main problem, seed, k): is it right? It is if the k-th samples of all its steps are}."""
+    drawn, right = Counter(), {}
+    for sample in samples:
+        if "main" in sample:
+            step = sample["id"], sample["seed"]
+            key = sample["main"], sample["seed"], drawn[step]
+            drawn[step] += 1
+            right[key] = right.get(key, True) and sample["correct"]
+    return right
+
+
 def calibration_of(samples):
     """`calibration` with confidence exp(mean log-prob of a response's tokens)."""
     return calibration(np.exp(values(samples, "logprob")), values(samples, "correct"))
@@ -144,6 +157,8 @@ def summary(samples):
         length, entropy         means: tokens of a response, nats of a token
         auroc, ece              of entropy, wrong against right; `calibration_of`
         tokens, flops, seconds  of one seed
+        main, mains             accuracy on the problems that these are steps of (None without),
+                                and how many they are
     """
     seeds = {}
     for sample in samples:
@@ -164,6 +179,7 @@ def summary(samples):
     low, high = accuracy_interval(mean["correct"], problems)
     entropy, lengths = values(samples, "entropy"), values(samples, "length")
     a_seed = len(samples) / len(seeds)
+    mains = main_problems(samples)
     return {
         "problems": problems,
         "n": n,
@@ -182,18 +198,23 @@ def summary(samples):
         "tokens": mean["length"] * a_seed,
         "flops": mean["flops"] * a_seed,
         "seconds": mean["seconds"] * a_seed,
+        "main": np.mean([*mains.values()]) if mains else None,
+        "mains": len({main for main, *_ in mains}),
     }
 
 
 def table(results):
     """{name: samples} -> Markdown, a row for each."""
-    rows = []
+    rows, lines = [], []
     for name, samples in results.items():
         numbers = summary(samples)
         spread = "" if numbers["sd"] is None else f" ± {numbers['sd']:.1%}"
         passed = ", ".join(f"{k}: {share:.1%}" for k, share in numbers["pass"].items())
         rows.append(ROW.format(name=name, spread=spread, passed=passed, **numbers))
-    return TABLE.format(rows="\n".join(rows))
+        if numbers["mains"]:
+            lines.append("\n{name}: {main:.1%} of {mains} main problems are right, in all of "
+                         "their steps.".format(name=name, **numbers))
+    return "\n".join([TABLE.format(rows="\n".join(rows)), *lines])
 
 
 def compare(a, b):

@@ -208,13 +208,12 @@ ROWS = {  # name: (rows as the data set has them, contents invented; problems th
                         function_header="def total(xs):\n    # Adds all",
                         test_cases=["assert total([1]) == target",
                                     "x = [1, 2]\nassert total(x) == target"])])],
-        [dict(id="scicode/90.1", after=[], setup="import math", targets=[3],
+        [dict(id="scicode/90.1", after=[], setup="import math", targets=[3], main="scicode/90",
               right="def add(a, b): return a + b", wrong="def add(a, b): return a",
-              asks="Background: adding.\n\nComplete this function:\n"
-              "```python\ndef add(a, b):\n    # Adds\n    return total\n```"),
+              asks="Complete this function:\n"
+              "```python\ndef add(a, b):\n    # Adds\n\n    return total\n```"),
          dict(id="scicode/90.2", after=["scicode/90.1"], targets=[1, 3], right="total = sum",
-              wrong="total = len", asks="already:\n```python\ndef add(a, b):\n    # Adds\n```\n\n"
-              "The next step: Add many.")]),
+              wrong="total = len", asks="The next step: Add many.")]),
     "eurus-code": (
         [dict(ability="math", prompt=[dict(role="user", content="1+1?")], reward_model={}),
          eurus("Echo.", dict(inputs=["1\n"], outputs=["1\n"])),
@@ -222,6 +221,9 @@ ROWS = {  # name: (rows as the data set has them, contents invented; problems th
         [dict(id="eurus-code/0", prompt="Echo.", tests=[{"input": "1\n", "output": "1\n"}]),
          dict(id="eurus-code/1", prompt="Call.", tests=None, answer=None)]),
 }
+
+
+ROWS["scicode-background"] = ROWS["scicode"]
 
 
 @pytest.mark.parametrize("name", problems.HUB)
@@ -234,7 +236,7 @@ def test_rows_of_each_benchmark_become_problems(name, monkeypatch):
         return rows
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    scicode = types.SimpleNamespace(process_hdf5_to_tuple=lambda step, count: targets[:count])
+    scicode = types.SimpleNamespace(process_hdf5_to_tuple=lambda step, count, data: targets[:count])
     monkeypatch.setitem(sys.modules, "scicode.parse.parse", scicode)
     loaded = load_problems(name)
     assert asked == [problems.HUB[name][:3]] and len(loaded) == len(expected)
