@@ -183,6 +183,9 @@ def prepare(problems, tokenizer, label, args):
     for problem in problems:
         if label and label not in problem:
             raise UserError(f"--data {args.data}: {problem['id']} has no {label!r} to learn from")
+        if problem.get("after"):
+            raise UserError(f"--data {args.data}: {problem['id']} comes after other problems, and "
+                            "its prompt needs their programs; take such steps out")
         ids = encode_prompt(tokenizer, problem["prompt"])
         if len(ids) <= args.max_prompt_tokens:
             kept = {"prompt": problem["prompt"], "ids": ids}

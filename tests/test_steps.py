@@ -9,6 +9,7 @@ import torch
 
 import em_inf
 import eval as ev
+from engine import run
 from tasks.errors import UserError
 from tasks.problems import load_problems, scicode
 from tasks.scores import summary
@@ -146,6 +147,14 @@ def test_em_inf_asks_steps_in_rounds(asked):
     samples = em_inf.decode_and_grade(model, tokenizer, None, problems, "em-inf", **settings)
     assert [sample["correct"] for sample in samples] == [True, True, False, False]
     assert summary(samples)["main"] == 0.5 and len(asked) == 2
+
+
+def test_training_refuses_steps(asked):
+    """Guards against training on prompts in which the programs of the steps before are missing."""
+    args = types.SimpleNamespace(data="steps.jsonl", max_prompt_tokens=9999, prompts=1)
+    tokenizer = ev.load_model(TINY, "cpu")[1]
+    with pytest.raises(UserError, match="steps.jsonl: scicode/1.2 comes after"):
+        run.prepare(load_problems("steps.jsonl"), tokenizer, None, args)
 
 
 def test_a_prompt_is_the_benchmarks(asked):
