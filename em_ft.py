@@ -48,15 +48,8 @@ TINY = dict(
     model=str(HERE / "tiny/base"),
     data=str(HERE / "tiny/train.jsonl"),
     val=str(HERE / "tiny/test.jsonl"),
-    lr=1e-4,
-    prompts=64,
-    steps=40,
-    max_new_tokens=64,
-    eval_every=5,
-    save_every=5,
-    budget=8192,
-    rollout_batch=256,
-    recompute=False,
+    lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5,
+    budget=8192, rollout_batch=256, recompute=False,
 )
 
 # ------------------------------------------------------------------------------- the settings
@@ -135,7 +128,7 @@ def main(argv=None):
         # reference: log-probs of the same tokens under the initial model
         if args.beta:
             with without_adapters():
-                ref = score_all(
+                initial = score_all(
                     reference, ref_head, prompts, responses, args.temperature, args.budget
                 )
 
@@ -150,8 +143,8 @@ def main(argv=None):
                 new = score(model, head, prompts, responses, args.temperature, micro)
                 objective = -new.entropy if args.loss == "entropy" else new.logprobs  # (b, T)
                 if args.beta:
-                    ref_logprobs = ref.logprobs[micro, : objective.shape[1]]
-                    objective = objective - args.beta * k3(new.logprobs, ref_logprobs)
+                    ref = initial.logprobs[micro, : new.mask.shape[1]]
+                    objective = objective - args.beta * k3(new.logprobs, ref)
                 objective = (objective * new.mask).sum() / num_tokens
                 loss = -objective
                 loss.backward()
@@ -167,13 +160,11 @@ def main(argv=None):
             "entropy": old.entropy.sum().item() / tokens,
             "length": tokens / (B * N),
             "truncated": sum(ids[-1] not in stop for ids in responses) / (B * N),
-            "grad_norm": grad_norm,
-            "tokens": tokens,
+            "grad_norm": grad_norm, "tokens": tokens, "seconds": time.time() - started,
             "flops": run.flops_per_token(model, args) * sum(sizes),
-            "seconds": time.time() - started,
         }
         if args.beta:
-            row["kl"] = k3(old.logprobs, ref.logprobs)[old.mask].mean().item()
+            row["kl"] = k3(old.logprobs, initial.logprobs)[old.mask].mean().item()
 
         # evaluate, let the guard look, and save
         collapse = collapsed(history + [row], args.guard)

@@ -57,15 +57,8 @@ TINY = dict(
     model=str(HERE / "tiny/base"),
     data=str(HERE / "tiny/train.jsonl"),
     val=str(HERE / "tiny/test.jsonl"),
-    lr=1e-4,
-    prompts=64,
-    steps=40,
-    max_new_tokens=64,
-    eval_every=5,
-    save_every=5,
-    budget=8192,
-    rollout_batch=256,
-    recompute=False,
+    lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5,
+    budget=8192, rollout_batch=256, recompute=False,
 )
 
 # ------------------------------------------------------------------------------- the rewards
@@ -139,29 +132,29 @@ def advantage(kind, rewards):
     return rewards - others
 
 
-def policy_objective(new, old_logprobs, ref_logprobs, advantages, args):
+def policy_objective(new, old, ref, advantages, args):
     """What each token adds to the objective, which is maximised: -> (b, T).
 
         min(ratio A, clip(ratio) A) + c H - beta KL,    ratio = pi(y_t) / pi_old(y_t)
 
-    `new` are the Scores of b responses, advantages (b, 1), the other two (b, T) log-probs of the
-    policy that sampled and of the initial model. On-policy the ratio is 1, and its gradient is
-    that of log pi(y_t). In bfloat16 it is only close to 1: the sampler rounds in another order.
+    `new` are the Scores of b responses; old and ref (b, T) are log-probs of the same tokens, of
+    the policy that sampled them and of the initial model; advantages are (b, 1). On-policy the
+    ratio is 1, and its gradient is that of log pi(y_t). In bfloat16 it is only close to 1,
+    because the sampler rounds in another order.
     """
-    ratio = (new.logprobs - old_logprobs).exp()
+    ratio = (new.logprobs - old).exp()
     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
     objective = torch.min(ratio * advantages, clipped * advantages)
     objective = objective + entropy_weight(new.mask, args) * new.entropy
     if args.beta:
-        objective = objective - args.beta * k3(new.logprobs, ref_logprobs)
+        objective = objective - args.beta * k3(new.logprobs, ref)
     return objective
 
 
 def entropy_weight(mask, args):
-    """c of `policy_objective`: --entropy-coef, where `exact` is the weight of a token's entropy in
-    the token reward. Then the objective has the whole gradient of that reward: in expectation
-    that of the sequence reward, with each token's log-prob averaged over all tokens that might
-    have been drawn (Rao-Blackwell). This holds for sums, and for means where lengths are equal.
+    """c of `policy_objective`: --entropy-coef. `exact` is the weight of a token's entropy in the
+    token reward, with which the objective has the whole gradient of that reward. In expectation it
+    is that of the sequence reward, for sums, and for means where all lengths are equal.
     """
     if args.entropy_coef != "exact":
         return args.entropy_coef
@@ -252,7 +245,7 @@ def main(argv=None):
         # reference: log-probs of the same tokens under the initial model
         if args.beta:
             with without_adapters():
-                ref = score_all(
+                initial = score_all(
                     reference, ref_head, prompts, rollout.responses, args.temperature, args.budget
                 )
 
@@ -266,11 +259,9 @@ def main(argv=None):
             for micro in tqdm(micro_batches, desc="update", leave=False, delay=5):
                 new = score(model, head, prompts, rollout.responses, args.temperature, micro)
                 T = new.mask.shape[1]
-                old_logprobs = rollout.logprobs[micro, :T]
-                ref_logprobs = ref.logprobs[micro, :T] if args.beta else None
-                objective = policy_objective(
-                    new, old_logprobs, ref_logprobs, advantages[micro], args
-                )
+                old = rollout.logprobs[micro, :T]
+                ref = initial.logprobs[micro, :T] if args.beta else None
+                objective = policy_objective(new, old, ref, advantages[micro], args)  # (b, T)
                 objective = (objective * new.mask).sum() / num_tokens
                 loss = -objective
                 loss.backward()
@@ -284,17 +275,14 @@ def main(argv=None):
         row = {
             "step": step,
             "entropy": rollout.entropy.sum().item() / tokens,
-            "reward": rewards.mean().item(),
-            "reward_std": rewards.std(1).mean().item(),
+            "reward": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
             "length": tokens / (B * N),
             "truncated": sum(ids[-1] not in stop for ids in rollout.responses) / (B * N),
-            "grad_norm": grad_norm,
-            "tokens": tokens,
+            "grad_norm": grad_norm, "tokens": tokens, "seconds": time.time() - started,
             "flops": run.flops_per_token(model, args) * sum(sizes),
-            "seconds": time.time() - started,
         }
         if args.beta:
-            row["kl"] = k3(rollout.logprobs, ref.logprobs)[rollout.mask].mean().item()
+            row["kl"] = k3(rollout.logprobs, initial.logprobs)[rollout.mask].mean().item()
 
         # evaluate, let the guard look, and save
         collapse = collapsed(history + [row], args.guard)

@@ -155,7 +155,7 @@ def main(argv=None):
         args, device, dtype, train, val, tokenizer, head, start, history, folder, config,
         generation_config,
     ) = shards.share(shared)
-    whole, initial, lock = kept  # on rank 0, else None
+    whole, before, lock = kept  # on rank 0, else None
     if device == "cuda":
         shards.use_own_gpu()
     vllm = args.sampler == "vllm"
@@ -165,8 +165,8 @@ def main(argv=None):
     model = shards.spread(whole, config, mesh, torch.float32, args.offload, policy)
     model.generation_config = generation_config
     if args.beta:
-        reference = shards.spread(initial, config, mesh, dtype, args.offload)
-        del initial, kept
+        reference = shards.spread(before, config, mesh, dtype, args.offload)
+        del before, kept
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     if start:
         shards.restore(start, model, optimizer, folder)
@@ -215,7 +215,7 @@ def main(argv=None):
 
         # reference: log-probs of the same tokens under the initial model
         if args.beta:
-            ref = shards.score_gathered(
+            initial = shards.score_gathered(
                 reference, head, prompts, rollout.responses, args.temperature, args.budget
             )
 
@@ -232,11 +232,9 @@ def main(argv=None):
                 model.set_requires_gradient_sync(is_last or args.sync_each)
                 new = model.score(head, prompts, rollout.responses, args.temperature, micro)
                 T = new.mask.shape[1]
-                old_logprobs = rollout.logprobs[micro, :T]
-                ref_logprobs = ref.logprobs[micro, :T] if args.beta else None
-                objective = policy_objective(
-                    new, old_logprobs, ref_logprobs, advantages[micro], args
-                )
+                old = rollout.logprobs[micro, :T]
+                ref = initial.logprobs[micro, :T] if args.beta else None
+                objective = policy_objective(new, old, ref, advantages[micro], args)  # (b, T)
                 objective = (objective * new.mask).sum() / num_tokens
                 loss = -objective * world  # FSDP takes the processes' mean, where a sum is meant
                 loss.backward()
@@ -255,7 +253,7 @@ def main(argv=None):
             "reward_std": rewards.std(1, correction=min(1, N - 1)).sum(),
         }
         if args.beta:
-            sums["kl"] = k3(rollout.logprobs, ref.logprobs)[rollout.mask].sum()
+            sums["kl"] = k3(rollout.logprobs, initial.logprobs)[rollout.mask].sum()
         sums = total(sums)
         tokens = int(sums["tokens"])
         row = {
