@@ -72,6 +72,7 @@ SCALARS = {  # a class, and what makes of a subclass's value one of its own
 }
 MUTABLE = list, set, collections.deque, collections.Counter, collections.OrderedDict, dict
 CONTAINERS = tuple, frozenset, *MUTABLE
+EXACT = {id(kind) for kind in CONTAINERS}
 # the classes of these, as long as they hold no Python objects, compare as they say
 LIBRARIES = set("array datetime decimal fractions numpy pandas scipy sympy torch".split())
 BUILTINS = dict(vars(builtins))
@@ -116,7 +117,11 @@ def is_of_library(value, kind):
 def for_tests(value):
     """A copy of a value of the program: plain data, or a Foreign."""
     kind = type(value)
-    if id(kind) in ATOMS or is_own(value, kind) or is_of_library(value, kind):
+    if id(kind) in ATOMS:
+        return value
+    if id(kind) in EXACT:
+        return changed(value, kind, for_tests)
+    if is_own(value, kind) or is_of_library(value, kind):
         return value
     for base, copied in SCALARS.items():
         if issubclass(kind, base):
@@ -144,7 +149,7 @@ def for_program(value, copies):
     kind = type(value)
     if kind is Foreign:
         return OBJECT.__get__(value)
-    if kind not in (*CONTAINERS, collections.defaultdict):
+    if id(kind) not in EXACT and kind is not collections.defaultdict:
         return value
 
     def inner(item):
@@ -152,8 +157,11 @@ def for_program(value, copies):
 
     if kind in (tuple, frozenset):
         return changed(value, kind, inner)
-    copied = copy.copy(value)
-    refill(copied, value, inner)
+    if kind in (list, set, dict):
+        copied = changed(value, kind, inner)
+    else:  # it may have more than items: a length at most, or what is missing
+        copied = copy.copy(value)
+        refill(copied, value, inner)
     copies.append((value, copied))
     return copied
 
@@ -189,11 +197,17 @@ def call(function, *args, **settings):
     copies = []
     args = [for_program(value, copies) for value in args]
     settings = {name: for_program(value, copies) for name, value in settings.items()}
+    own = {id(copied): value for value, copied in copies}
+
+    def back(value):
+        return own[id(value)] if id(value) in own else for_tests(value)
+
     try:
-        return for_tests(function(*args, **settings))
+        result = function(*args, **settings)
     finally:
-        for own, copied in copies:
-            refill(own, copied, for_tests)
+        for value, copied in copies:
+            refill(value, copied, back)
+    return back(result)
 
 
 class Foreign:

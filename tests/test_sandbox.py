@@ -574,7 +574,9 @@ class Colour(enum.Enum): RED = 1
 Pair = collections.namedtuple("Pair", "a b")
 def count(n):
  while True: n += yield n
-def swap(pair): pair[0], pair[1] = pair[1], pair[0]
+def swap(pair):
+ pair[0], pair[1] = pair[1], pair[0]
+ return pair
 def trace(function):
  @functools.wraps(function)
  def traced(*args, **named): return [function(*args, **named)]
@@ -597,7 +599,8 @@ ON_OBJECTS = [
     "assert Pair(1, [2]).b == [1 + 1] and [*Pair(1, 2)._fields] == ['a', 'b']",
     "c = count(1)\nassert next(c) == 1 + 0 and c.send(4) == 5",
     "assert [x for _, x in zip('a', count(1))] == [2 - 1]",
-    "a = [[1, 2]]\nswap(a[0])\nassert a == [[2, 2 - 1]]",
+    "a = [[1, 2]]\nassert swap(a[0]) is a[0] and a == [[2, 2 - 1]]",
+    "a = [[1], [2]]\none, two = a\nswap(a)\nassert a[0] is two and a[1] is one",
     "a = {0: 1, 1: 2}\nswap(a)\nassert a[0] == 1 + 1",
     "@trace\ndef g(x): return x + 1\nassert g(1) == [1 + 1] and g.__name__ == 'g'",
     "class Own: pass\na = Own()\nassert trace(lambda x: x)(a)[0] is a",
