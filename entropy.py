@@ -50,7 +50,7 @@ def k3(logprobs, ref_logprobs):
     direction, KL(reference || policy). The released trainer calls it low_var_kl.
     """
     d = ref_logprobs - logprobs
-    return d.exp() - d - 1
+    return d.expm1() - d  # exp(d) - d - 1 rounds to -6e-8 where d is small
 
 
 # -------------------------------------------------------- entropy without the logits

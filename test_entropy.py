@@ -79,6 +79,17 @@ def test_k3_is_the_kl_in_expectation_and_never_negative():
     assert (k3(p, q) >= 0).all()
 
 
+def test_k3_of_close_models_is_not_rounding():
+    """Guards against exp(d) - d - 1, which was logged as kl -2.653e-09."""
+    d = torch.logspace(-9, 1, 2001)
+    p, q = torch.zeros(4002, requires_grad=True), torch.cat([d, -d])
+    exact = torch.zeros(4002, dtype=torch.float64, requires_grad=True)
+    value, wanted = k3(p, q), k3(exact, q.double())
+    assert (value >= 0).all()
+    assert_close(value.double(), wanted, rtol=1e-6, atol=4e-9)
+    assert_close(gradient(value.sum(), [p]).double(), gradient(wanted.sum(), [exact]))
+
+
 def head_inputs(N=7, D=5, V=11, dtype=torch.float64):
     """hidden, weight, targets (the first and last token among them), bias."""
     targets = torch.randint(V, (N,))
