@@ -171,7 +171,8 @@ def add_arguments(parser):
     add("--rollouts", type=two_or_more, default=4, metavar="N", help="responses per prompt")
     add("--temperature", type=positive, default=1.0, help="of sampling and of scoring")
     add("--max-new-tokens", type=positive_int, default=3072, help="longest response, tokens")
-    add("--rollout-batch", type=positive_int, default=128, help="responses sampled at once")
+    add("--rollout-batch", type=positive_int, default=128, help="responses sampled at once; "
+        "another number draws other samples, and the same greedy ones")
     add = parser.add_argument_group("reward and objective").add_argument
     add("--reward", choices=REWARDS, default="token", help="what makes a response more likely")
     add("--reward-norm", choices=["mean", "sum"], default="mean", help="over tokens")
@@ -202,6 +203,7 @@ def main(argv=None):
     val = run.load_held_out(args)
     model, tokenizer, adapters = run.load(args, device, dtype)
     train = run.prepare(train, tokenizer, label, args)
+    run.check_inputs(args, train, val)
     head = output_head(model, train[0]["ids"])
     if args.beta:  # the KL needs the initial model beside the one that changes
         reference = model if args.lora else load_model(args.model, device, dtype)[0]
@@ -294,7 +296,7 @@ def main(argv=None):
         run.log(row, logger)
         run.write_rows(folder / "metrics.csv", history)
         if args.keep_best and run.is_best(history):
-            run.save_model(folder / "best", adapters or model, tokenizer)
+            run.save_model(folder / "best", adapters or model, tokenizer, row=row)
         asked = stopping.asked  # by Ctrl-C
         if last or asked or step % args.save_every == 0:
             state = {"step": step, "optimizer": optimizer.state_dict()}

@@ -24,6 +24,9 @@ results.json and reliability.png.
 import argparse
 import itertools
 import json
+import os
+import re
+import sys
 import time
 from pathlib import Path
 
@@ -32,7 +35,8 @@ from tqdm import tqdm
 
 from engine import report, run
 from engine.arguments import Help, comma_list, positive, positive_int, shard
-from engine.files import append_jsonl, fresh_folder, lock, read_config, read_jsonl, replace_file
+from engine.files import append_jsonl, lock, make_folder, read_config, read_jsonl, replace_file
+from engine.inputs import absolute, digest_of, digest_of_model, refuse_changes
 from engine.load import load_model, set_up
 from engine.sampler import generate
 from entropy import output_head, score_all
@@ -42,8 +46,13 @@ from tasks.problems import HUB, load_gradable, load_problems
 from tasks.prompts import encode_problem, encode_prompt, stop_ids
 from tasks.steps import as_asked, ask_in_rounds, pieces
 
-HERE = Path(__file__).parent
+HERE, NAME = Path(__file__).parent, Path(__file__).name
 DECODERS = {0: "greedy", 1: "sample"}  # by temperature
+LINE = {  # the fields of a line of samples.jsonl that are read, by type
+    str: "data decoder response", str | int: "id", int: "job place seed length",
+    bool: "correct answered truncated", int | float: "entropy logprob flops seconds",
+}
+NOT_SAVED = "resume regrade compare out device shard".split()
 
 # --------------------------------------------------------------------------- the evaluation
 
@@ -142,17 +151,20 @@ def evaluate_held_out(step, model, tokenizer, head, problems, args, folder):
     return report.held_out(step, problems, greedy, sampled, folder)
 
 
+def lines_of(folder):
+    """The samples that an evaluation has written, those of a shard in a file of its own."""
+    rows = []
+    for path in sorted(Path(folder).glob("samples*.jsonl")):
+        if re.fullmatch(r"samples(-\d+)?\.jsonl", path.name):  # no copy of one
+            rows += read_jsonl(path, LINE)
+    return rows
+
+
 def read_samples(folder):
     """{"DATA DECODER": samples} of an evaluation's folder, those of all shards in the order in
     which one process would have drawn them. A sample's later line counts."""
-    rows = []
-    for path in sorted(Path(folder).glob("samples*.jsonl")):
-        rows += read_jsonl(path)
-    rows.sort(key=lambda sample: (sample.get("job", 0), sample.get("place", 0)))
     samples = {}
-    for sample in rows:
-        if "place" not in sample:
-            raise UserError(f"{folder}: samples of another script; give eval.py's own folder")
+    for sample in sorted(lines_of(folder), key=lambda sample: (sample["job"], sample["place"])):
         samples[sample["data"], sample["decoder"], sample["seed"], sample["place"]] = sample
     if not samples:
         raise UserError(f"{folder}: no samples.jsonl with samples of an evaluation in it")
@@ -170,7 +182,7 @@ def regrade(folder, allow_code):
     results = read_samples(folder)
     for samples in results.values():
         problems = samples  # they hold the answers; tests can be large, and stay in the data
-        if samples[0]["answer"] is None:
+        if samples[0].get("answer") is None:
             data = samples[0]["data"]
             known = {problem["id"]: problem for problem in load_problems(data)}
             if missing := [sample["id"] for sample in samples if sample["id"] not in known]:
@@ -213,6 +225,31 @@ def jobs_of(problems, args):
     return jobs
 
 
+def folder_in_use(args):
+    """The folder of an evaluation that goes on, perhaps one that another shard has begun."""
+    if args.shard and args.out and Path(args.out, "config.json").exists():
+        return args.out
+    return args.resume
+
+
+def open_folder(args, problems):
+    """The folder of the evaluation, made with its config.json unless it has begun. UserError
+    where it began with other settings, another model or other problems, or where it is in use."""
+    settings = {"script": NAME}
+    settings |= {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
+    settings["inputs"] = {data: digest_of(some) for data, some in problems.items()}
+    settings["inputs"][args.model] = digest_of_model(args.model)
+    begun = folder_in_use(args)  # asked again, since another shard may have begun meanwhile
+    if begun:
+        refuse_changes(begun, read_config(begun, NAME), settings)
+        return Path(begun)
+    if args.out and Path(args.out, "config.json").exists():
+        raise UserError(f"{args.out} is in use: --resume {args.out}, or another --out")
+    folder = make_folder(args.out, "runs/eval")
+    replace_file(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+    return folder
+
+
 @run.command
 def main(argv=None):
     # ----------------------------------------------------------------------------- settings
@@ -229,7 +266,8 @@ def main(argv=None):
     add("--seeds", type=positive_int, default=3, help="seeds 1 to SEEDS; one for greedy")
     add("--max-new-tokens", type=positive_int, default=64,
         help="longest response, tokens; a real model needs some 3072")
-    add("--rollout-batch", type=positive_int, default=512, help="responses sampled at once")
+    add("--rollout-batch", type=positive_int, default=512, help="responses sampled at once; "
+        "another number draws other samples, and the same greedy ones")
     add("--allow-code-execution", action="store_true",
         help="run the programs that answer code problems, in a sandbox")
     add("--device", help="cuda, mps or cpu; without it the first there is")
@@ -241,6 +279,7 @@ def main(argv=None):
     add("--compare", nargs=2, metavar="FOLDER", help="paired difference of two evaluations")
     add("--diagnose", action="store_true", help="will EM help this model? Takes 8 answers to "
         "each of 512 problems, unless --n and --limit say otherwise")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.compare:
         first, second = args.compare
@@ -248,24 +287,20 @@ def main(argv=None):
     if args.regrade:
         regraded = regrade(args.regrade, args.allow_code_execution)
         return print(scores.table(regraded))
-    if args.diagnose:
-        args.decode, args.seeds = ["greedy", "sample"], 1
-        args.limit = args.limit or 512
-        args.n = args.n if args.n > 1 else 8
     if args.resume and args.out:
         raise UserError(f"--out {args.out}: --resume goes on in its own folder")
     if args.shard and not (args.out or args.resume):
         raise UserError("--shard: all parts need the same --out")
-    begun = args.resume
-    if args.shard and args.out and Path(args.out, "config.json").exists():
-        begun = args.out  # by another part
+    begun, before = folder_in_use(args), {}
     if begun:
-        saved = read_config(begun, "eval.py")
-        args = parser.parse_args(argv, argparse.Namespace(**saved))
-        for key in saved:
-            if vars(args)[key] != saved[key]:
-                raise UserError(f"{begun} began with {key} {saved[key]}, so "
-                                 f"{vars(args)[key]} needs a new folder")
+        before, args = run.saved_settings(begun, NAME, parser, argv, NOT_SAVED)
+    if args.diagnose:
+        args.decode, args.seeds = ["greedy", "sample"], 1
+        args.limit = args.limit or 512
+        args.n = args.n if args.n > 1 else 8
+    args.model = absolute(args.model, os.path.isdir)
+    args.data = [absolute(data) for data in args.data]
+    refuse_changes(begun, before, {key: vars(args)[key] for key in before})
 
     # ------------------------------------------------------------------------------- set-up
     device, dtype = set_up(args.device)
@@ -277,29 +312,17 @@ def main(argv=None):
         problems[data] = load_gradable(data, args.limit, args.allow_code_execution)
     model, tokenizer = load_model(args.model, device, dtype)
     head = output_head(model, encode_prompt(tokenizer, "Which prime is even?"))
-    folder = begun or args.out
-    folder = Path(folder) if folder else fresh_folder("runs/eval")
-    if not begun and (folder / "config.json").exists():
-        raise UserError(f"{folder} is in use: --resume {folder}, or another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = open_folder(args, problems)
     first, parts = args.shard or (0, 1)
     suffix = f"-{first}" if args.shard else ""
-    held = lock(folder, f"lock{suffix}")  # noqa: F841, until the process ends
-    if not begun:
-        settings = {"script": "eval.py"} | vars(args)
-        for key in ("resume", "regrade", "compare", "out", "device", "shard"):
-            del settings[key]
-        replace_file(folder / "config.json", json.dumps(settings, indent=1) + "\n")
+    lock(folder, f"lock{suffix}")
     sizes = ", ".join(f"{len(some)} problems of {data}" for data, some in problems.items())
     template = "in the chat template" if tokenizer.chat_template else "plain: no chat template"
     print(f"{args.model} on {sizes}; {device}; prompts {template}")
     print(f"results: {folder}", flush=True)
 
     # --------------------------------------------------------------------------- evaluation
-    done = set()
-    for path in folder.glob("samples*.jsonl"):  # one of each part
-        for sample in read_jsonl(path):
-            done.add((sample.get("job"), sample.get("place")))
+    done = {(sample["job"], sample["place"]) for sample in lines_of(folder)}  # of every part
     jobs, left = jobs_of(problems, args), []
     for number in range(first, len(jobs), parts):
         if not all((number, place) in done for place in jobs[number]["places"]):

@@ -5,6 +5,8 @@ Types for argparse that check: a bad value is refused in one line, before anythi
 """
 import argparse
 
+from tasks.errors import UserError
+
 
 def positive_int(text):
     if not 1 <= int(text) < 2**31:
@@ -65,6 +67,29 @@ def comma_list(text):
         if parts.count(name) > 1:
             raise argparse.ArgumentTypeError(f"{name} stands there twice")
     return parts
+
+
+def as_flags(saved, defaults, path):
+    """The settings that `path` has saved as a command line, so that argparse checks them as it
+    checks one. `defaults` has a value for each setting that there is. Raises UserError where
+    one is missing, unknown or null, as it may be when other code has written them."""
+    for key in sorted(defaults.keys() ^ saved.keys()):
+        found = "is not a setting of this version" if key in saved else "is missing"
+        raise UserError(f"{path}: {key!r} {found}; the run can't go on as it began, so start again "
+                        "with another --out")
+    flags = []
+    for key, value in saved.items():
+        flag = "--" + key.replace("_", "-")
+        if value is defaults[key] and not value:  # None or False: it was not given
+            continue
+        if value is None:
+            raise UserError(f"{path}: {key!r} is null; it needs a value")
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            flags.append(f"{flag}={text}")
+    return flags
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -11,9 +11,11 @@ import filelock
 
 from tasks.errors import UserError
 
+LOCKS = []  # those that this process holds
+
 
 def lock(folder, name="lock"):
-    """Lock a folder as long as the result is kept, or the process lives, however it ends.
+    """Lock a folder until `release_locks`, or until the process ends, however it does.
 
     Raises UserError where another process has it.
     """
@@ -22,7 +24,15 @@ def lock(folder, name="lock"):
         held.acquire(blocking=False)
     except filelock.Timeout:
         raise UserError(f"{folder}: another process is writing there; wait until it ends") from None
+    LOCKS.append(held)
     return held
+
+
+def release_locks():
+    """At the end of a script. A local variable would not do: an exception that is still known
+    somewhere keeps the frames alive through which it came."""
+    while LOCKS:
+        LOCKS.pop().release()
 
 
 def fresh_folder(stem):
@@ -37,17 +47,50 @@ def fresh_folder(stem):
         return folder
 
 
-def read_jsonl(path):
-    """The objects of a JSONL file, without lines that a kill or a full disk has cut short."""
+def make_folder(out, stem):
+    """The folder of new results: `out`, or without it a fresh one.
+
+    Raises UserError where it can't be made, and where it holds files: whatever it holds, no run
+    of ours has made it, and some of the names might be those of our files.
+    """
+    if not out:
+        return fresh_folder(stem)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = sorted(path.name for path in folder.glob("[!.]*"))
+    except OSError as error:
+        raise UserError(f"--out {out}: no folder can be made there ({error.strerror})") from None
+    for name in found:  # locks are empty, and .new is what a kill leaves of `replace_file`
+        if not name.endswith(".new") and (folder / name).stat().st_size > 0:
+            raise UserError(f"--out {out}: {name} is there already, and may be yours; give a new "
+                            "or an empty folder")
+    return folder
+
+
+def read_jsonl(path, needs=None):
+    """The objects of a JSONL file, without lines that a kill or a full disk has cut short.
+
+    `needs` has the fields that each object must have, by type: {int: "step length"}. UserError,
+    with the line, where one has not.
+    """
     rows = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.split("\n"):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:  # blank or half written
+        except (ValueError, RecursionError):  # blank, half written, or no JSON at all
             continue
-        if row and isinstance(row, dict):
-            rows.append(row)
+        if not row or not isinstance(row, dict):
+            continue
+        for kind, keys in (needs or {}).items():
+            for key in keys.split():
+                value = row.get(key)
+                if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                    found = json.dumps(value)[:40] if key in row else "missing"
+                    raise UserError(f"{path}, line {number}: {key!r} is {found}, so the line is "
+                                    "none of this script's; take it out, or give another folder")
+        rows.append(row)
     return rows
 
 

@@ -4,14 +4,17 @@ The end of a run, for people: a table, three problems before and after, and a fi
 import json
 from pathlib import Path
 
-from engine.files import append_jsonl, read_jsonl, replace_file
+from engine.files import append_jsonl, read_config, read_jsonl, replace_file
 from tasks.scores import summary
+
+SAMPLE = {int: "step", str: "set prompt response"}  # the fields of a line of samples.jsonl
 
 
 def summarize(folder, rows, keep_best):
-    """Print base, peak and final held-out accuracy and three problems; write result.json."""
+    """Print base, peak and final held-out accuracy, what follows from them, and three problems;
+    write result.json."""
     measured = [row for row in rows if "val_greedy" in row]
-    result = {}
+    result, peak = {}, None
     if measured:
         peak = max(measured, key=lambda row: (row["val_greedy"], row["step"]))
         which = {"base": measured[0], "peak": peak, "final": measured[-1]}
@@ -20,14 +23,52 @@ def summarize(folder, rows, keep_best):
             result[name] = {key: row[key] for key in ("step", "val_greedy", "val_sampled")}
             shares = f"{row['val_greedy']:.1%} | {row['val_sampled']:.1%}"
             print(f"| {name} | {row['step']} | {shares} |")
+    replace_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    if measured:
         print("\nNo label picked the final model: it is the last one. The peak is known only "
               "through labels.")
+        for line in losses(**which, settings=read_config(folder)):
+            print(line)
         show_samples(folder, measured[-1]["step"])
-    replace_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    else:
+        print("\nNobody has looked whether the model got better or worse: there were no held-out "
+              "problems. Give some by --val, or compare it with the base model by eval.py.")
     print(f"\nmodel: {folder / 'checkpoint'}, figure: {folder / 'plot.png'}")
     if keep_best:
-        best = folder / "best" if (folder / "best").exists() else "the base model"
-        print(f"best on the held-out set, as labels say: {best}")
+        print(f"best on the held-out set, as labels say: {kept(folder / 'best', peak)}")
+
+
+def losses(base, peak, final, settings):
+    """What to say of a run that ends below the base model or more than 5 points below its peak:
+    a list of lines. (The 95 % interval of 512 problems reaches 4 points to either side.)"""
+    lines = []
+    start, top, end = base["val_greedy"], peak["val_greedy"], final["val_greedy"]
+    if end < start:
+        chance = ", which may be chance" if start - end <= 0.05 else ""
+        lines.append(f"The final model is WORSE than the base model: {end:.1%} of the held-out "
+                     f"problems right, greedy, and {start:.1%} before{chance}.")
+    if top - end > 0.05 and top > start:
+        lines.append(f"The final model is well below the peak: {end:.1%} right, and {top:.1%} at "
+                     f"step {peak['step']}.")
+    if lines:
+        exact = ", or --entropy-coef exact" if "entropy_coef" in settings else ""
+        lines.append(f"What helps: an --lr below {settings['lr']:g}, fewer --steps, a KL penalty "
+                     f"(--beta 0.5){exact}; and --keep-best, which keeps the model of the peak.")
+    return lines
+
+
+def kept(best, peak):
+    """What --keep-best has kept in the folder `best`: words for the last line of a run."""
+    if not (best / "row.json").exists():
+        if peak is None or peak["step"] == 0:
+            return "the base model"
+        return f"that of step {peak['step']}, which was not kept, as --keep-best came later"
+    row = json.loads((best / "row.json").read_text(encoding="utf-8"))
+    told = f"{best}, of step {row['step']} ({row['val_greedy']:.1%} greedy)"
+    if (row["step"], row["val_greedy"]) != (peak["step"], peak["val_greedy"]):
+        told += (". The run has lost that step by a kill, and done it again otherwise: its peak "
+                 f"is now step {peak['step']}, whose model is not kept")
+    return told
 
 
 def held_out(step, problems, greedy, sampled, folder):
@@ -50,7 +91,8 @@ def held_out(step, problems, greedy, sampled, folder):
 
 def show_samples(folder, last_step):
     """Print three held-out problems, those first whose answer has become right or wrong."""
-    samples = [s for s in read_jsonl(folder / "samples.jsonl") if s["set"] == "held out"]
+    samples = read_jsonl(folder / "samples.jsonl", SAMPLE)
+    samples = [sample for sample in samples if "correct" in sample]  # the held-out ones
     before = [sample for sample in samples if sample["step"] == 0]
     after = [sample for sample in samples if sample["step"] == last_step]
     pairs = sorted(zip(before, after), key=lambda pair: pair[0]["correct"] == pair[1]["correct"])
@@ -89,7 +131,7 @@ def plot(rows, folder):
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     name = "/".join(Path(config["model"]).parts[-2:])
     what = config.get("reward") or config["loss"]
     figure.suptitle(f"{config['script']}, {what}: {name}", fontsize=10)

@@ -1,13 +1,15 @@
 """
 What a training run leaves behind, and how it is taken up again.
 
-    runs/NAME/config.json      every setting
+    runs/NAME/config.json      every setting, and what identifies the model and the problems: a run
+                               goes on only with those that it began with
               metrics.csv      one row a step; row 0 is the base model
               samples.jsonl    responses, to read
               plot.png         entropy, accuracy and length against steps
               checkpoint/      the latest model, an ordinary Hugging Face folder, and state.pt,
                                what --resume needs besides
-              best/            with --keep-best: the model of the best held-out greedy accuracy
+              best/            with --keep-best: the model of the best held-out greedy accuracy,
+                               and its row of metrics.csv as row.json
               result.json      base, peak and final accuracy; it says that the run has ended
 
 The columns of metrics.csv, empty where a step did not measure something:
@@ -40,6 +42,7 @@ import pickle
 import shutil
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -47,28 +50,33 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from engine.arguments import Help, growth, positive_int, whole_number
+from engine.arguments import Help, as_flags, growth, positive_int, whole_number
 from engine.files import (
     append_jsonl,
-    fresh_folder,
     lock,
+    make_folder,
     read_config,
     read_jsonl,
+    release_locks,
     replace,
     replace_file,
 )
+from engine.inputs import absolute, digest_of, digest_of_model
 from engine.load import load_model
 from engine.output import printing
+from engine.report import SAMPLE
 from engine.sampler import generate
 from entropy import score_all
 from tasks.errors import UserError
-from tasks.problems import load_gradable
+from tasks.problems import TRAINING, benchmark_of, load_gradable
 from tasks.prompts import encode_prompt, stop_ids
 
 COLUMNS = (
     "step entropy reward reward_std length truncated kl grad_norm tokens flops "
     "seconds val_greedy val_sampled val_entropy val_length val_truncated"
 ).split()
+AT_EACH_STEP = "entropy length truncated grad_norm tokens flops seconds".split()
+HELD_OUT = COLUMNS[-5:]  # all or none of them
 
 # ------------------------------------------------------------------- starting and resuming
 
@@ -114,28 +122,42 @@ def parse_args(argv, description, add_method, tiny, script):
     )
     add_method(parser)
     add_arguments(parser)
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    saved = {}
     if args.resume:
         if args.out:
             parser.error(f"--out {args.out}: --resume {args.resume} goes on in its own folder")
-        try:
-            saved = read_config(args.resume, script)
-            checkpoint_of(args.resume)
-            saved["lock"] = lock(args.resume)  # held as long as the settings are
-        except UserError as error:
-            parser.error(f"--resume {error}")
+        read_config(args.resume, script)
+        checkpoint_of(args.resume)
+        lock(args.resume)
+        before, args = saved_settings(args.resume, script, parser, argv, NOT_SAVED)
+        if args.lora != before["lora"]:
+            parser.error(f"--lora {args.lora}: {args.resume} has {before['lora']}, and keeps it")
     elif args.model is None:
-        saved = tiny
-    args = parser.parse_args(argv, argparse.Namespace(**saved))
-    if args.resume and args.lora != saved.get("lora"):
-        parser.error(f"--lora {args.lora}: {args.resume} has {saved.get('lora')}, and keeps it")
+        args = parser.parse_args(argv, argparse.Namespace(**tiny))
+    args.model = absolute(args.model, os.path.isdir)
+    args.data, args.val = absolute(args.data), absolute(args.val)
     if args.updates > args.prompts:
         parser.error(f"--updates {args.updates}: at most one for each of --prompts {args.prompts}")
     for flag, package in ("wandb", "wandb"), ("lora", "peft"):
         if vars(args)[flag] and not importlib.util.find_spec(package):
             parser.error(f"--{flag} {vars(args)[flag]}: needs a package; pip install {package}")
     return args
+
+
+def saved_settings(folder, script, parser, argv, not_saved):
+    """The settings in the config.json of a folder that `script` must have written, and the same
+    with those that `argv` gives anew. UserError, or argparse's own error, for a bad one."""
+    path = Path(folder, "config.json")
+    saved = read_config(folder, script)
+    settings = {key: saved[key] for key in saved if key not in ("script", "inputs")}
+    defaults = vars(parser.parse_args([]))
+    defaults = {key: defaults[key] for key in defaults if key not in not_saved}
+    flags = as_flags(settings, defaults | {"model": "needed"}, path)
+    name, parser.prog = parser.prog, path  # argparse names it where a value is bad
+    before = vars(parser.parse_args(flags))
+    parser.prog = name
+    return {key: before[key] for key in settings}, parser.parse_args(flags + argv)
 
 
 def load(args, device, dtype):
@@ -223,6 +245,39 @@ def load_held_out(args):
         return []
 
 
+def check_inputs(args, train, val):
+    """Identify the model and the problems, for config.json. UserError where a run that is
+    resumed began with others, unless a flag asks for other problems."""
+    asked = [{key: problem[key] for key in problem if key != "ids"} for problem in train]
+    args.inputs = {
+        "model": digest_of_model(args.model), "data": digest_of(asked), "val": digest_of(val)
+    }
+    if not args.resume:
+        return
+    saved = read_config(args.resume)
+    before = inputs_of(saved, args.resume)
+    for key, now in args.inputs.items():
+        chosen_anew = any(vars(args).get(name) != saved.get(name) for name in CHOOSES[key])
+        if now != before.get(key) and not chosen_anew:
+            raise UserError(f"--{key} {vars(args)[key]}: it has changed since {args.resume} began "
+                            f"({now}; then {before.get(key)}); put it back, or begin another run")
+
+
+def inputs_of(saved, folder):
+    """What identifies the inputs of a run in its config.json: {input: digest}."""
+    if not isinstance(saved.get("inputs"), dict):
+        raise UserError(f"{folder}/config.json: 'inputs' is missing or damaged, so nothing tells "
+                        "whether the run would go on as it began; start again with another --out")
+    return saved["inputs"]
+
+
+CHOOSES = {  # the settings that choose an input: given anew, they may choose another one
+    "model": [],
+    "data": ["data", "data_size", "max_prompt_tokens", "seed", "reward", "loss"],
+    "val": ["val", "val_size"],
+}
+
+
 def flops_per_token(model, args):
     """To sample a token and to train on it, with the reference: 2 a parameter for a forward, 4
     for a backward, and 2 for that of --lora, since frozen weights need no gradient."""
@@ -245,6 +300,8 @@ def announce(args, model, tokenizer, head, train, val, folder):
               f"and moments would take {12 * rest / 1e6:,.0f} MB")
     print(f"prompts: {len(train):,} of {args.data}, {template}")
     print(f"held out: {len(val)} problems of {args.val}")
+    for note in notes_on_data(args, train, val):
+        print(f"note: {note}")
     print(f"a step: {args.prompts} prompts x {args.rollouts} rollouts = {sequences} sequences of "
           f"at most {longest:,} tokens, at most {flops * sequences * longest:.2g} FLOPs; "
           f"{args.steps} steps")
@@ -252,6 +309,23 @@ def announce(args, model, tokenizer, head, train, val, folder):
     gap = sampler_gap(model, head, some, stop_ids(model, tokenizer), args)
     print(f"sampler and trainer differ by {gap:.1g} nats a token")
     print(f"results: {folder}", flush=True)
+
+
+def notes_on_data(args, train, val):
+    """Why an accuracy may not be one on unseen problems: a list of lines."""
+    notes = []
+    benchmark = benchmark_of(args.data)
+    if benchmark:
+        instead = TRAINING.get(benchmark, "numina")
+        notes.append(f"--data {args.data} has the test questions of {benchmark}. RENT and TTRL "
+                     "train on such questions on purpose; after it, the accuracy on them is not "
+                     f"one on unseen problems. Else give --data {instead}")
+    asked = {" ".join(problem["prompt"].split()) for problem in train}
+    shared = sum(" ".join(problem["prompt"].split()) in asked for problem in val)
+    if shared:
+        notes.append(f"{shared} of the {len(val)} held-out prompts are training prompts, too, so "
+                     "the held-out accuracy is not one on unseen problems")
+    return notes
 
 
 def sampler_gap(model, head, prompts, stop, args):
@@ -267,16 +341,16 @@ def sampler_gap(model, head, prompts, stop, args):
 def new_folder(args, script):
     """Make and lock the run's folder: --resume's, --out, or a new one in runs/.
 
-    Writes config.json. Raises UserError rather than overwrite a run, and where another process
-    is at work in the folder.
+    Writes config.json. Raises UserError rather than overwrite anything, and where another
+    process is at work in the folder.
     """
     if args.resume:
         folder = Path(args.resume)
     else:
-        folder = Path(args.out) if args.out else fresh_folder(f"runs/{Path(script).stem}")
-        refuse_to_overwrite(folder, script)
-        folder.mkdir(parents=True, exist_ok=True)
-        args.lock = lock(folder)
+        if args.out:
+            refuse_to_overwrite(Path(args.out), script)
+        folder = make_folder(args.out, f"runs/{Path(script).stem}")
+        lock(folder)
     settings = {"script": script}
     settings |= {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
     (folder / "result.json").unlink(missing_ok=True)  # a finished run that is taken further
@@ -284,7 +358,7 @@ def new_folder(args, script):
     return folder
 
 
-NOT_SAVED = ("resume", "out", "lock", "script")
+NOT_SAVED = ("resume", "out")
 
 
 def refuse_to_overwrite(folder, script):
@@ -321,22 +395,36 @@ def restore(args, optimizer):
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        step = int(state["step"])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{path}: damaged ({reason}); start again with another --out") from None
-    rows = [row for row in read_rows(folder / "metrics.csv") if row["step"] <= step]
-    if [row["step"] for row in rows] != list(range(step + 1)):
-        raise UserError(f"{folder}/metrics.csv: rows are missing before step {step}, the "
-                         "checkpoint's; it was damaged, so start again with another --out")
+    rows = rows_until(step, folder / "metrics.csv")
     if args.steps < step:
         raise UserError(f"--steps {args.steps}: the run is at step {step}; ask for more")
-    samples = [s for s in read_jsonl(folder / "samples.jsonl") if s["step"] <= step]
+    samples = [s for s in read_jsonl(folder / "samples.jsonl", SAMPLE) if s["step"] <= step]
     lines = [json.dumps(sample) + "\n" for sample in samples]
     replace_file(folder / "samples.jsonl", "".join(lines))
     return step, rows
+
+
+def rows_until(step, path):
+    """The rows of metrics.csv up to that of a checkpoint. UserError where one has gaps."""
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    if [row["step"] for row in rows] != list(range(step + 1)):
+        raise UserError(f"{path}: rows are missing before step {step}, the checkpoint's; it was "
+                        "damaged, so start again with another --out")
+    for row in rows:
+        needed = AT_EACH_STEP if row["step"] > 0 else []
+        if any(key in row for key in HELD_OUT):
+            needed = needed + HELD_OUT
+        for key in needed:
+            if key not in row:
+                raise UserError(f"{path}, line {row['step'] + 2}: no {key} in it; it was damaged, "
+                                "so start again with another --out")
+    return rows
 
 
 # -------------------------------------------------------------------------------- writing
@@ -353,25 +441,29 @@ def write_rows(path, rows):
 
 def read_rows(path):
     """The rows of such a file, as dicts of numbers without what a step did not measure."""
-    rows = []
     try:
-        text = path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):
-            raise ValueError("its last line is cut off")
-        for line in csv.DictReader(io.StringIO(text)):
-            row = {}
-            for key, value in line.items():
-                if value:
-                    row[key] = int(value) if value.isdigit() else float(value)
+        header, *lines, end = path.read_text(encoding="utf-8").split("\n")
+        if header.split(",") != COLUMNS or end:
+            raise ValueError("its first line is not the one that is written, or its last is cut")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged, not a run's metrics ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, 2):
+        row = {}
+        try:
+            for key, cell in zip(COLUMNS, line.split(","), strict=True):
+                if cell:
+                    row[key] = int(cell) if cell.isdigit() else float(cell)
             row["step"]  # KeyError where there is none
-            rows.append(row)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged, not a run's metrics ({type(error).__name__})") from None
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{path}, line {number}: damaged, not a row of a run's metrics "
+                            f"({type(error).__name__}: {error})") from None
+        rows.append(row)
     return rows
 
 
-def save_model(folder, model, tokenizer, state=None):
-    """Write an ordinary Hugging Face folder, and perhaps state.pt in it.
+def save_model(folder, model, tokenizer, state=None, row=None):
+    """Write an ordinary Hugging Face folder, and perhaps state.pt and row.json in it.
 
     A kill at any moment leaves the old folder or the new one. Raises UserError where the disk
     is full, or another program has the old one open; it is whole then.
@@ -385,6 +477,8 @@ def save_model(folder, model, tokenizer, state=None):
         tokenizer.save_pretrained(new)
         if state is not None:
             torch.save(state, new / "state.pt")
+        if row is not None:
+            replace_file(new / "row.json", json.dumps(row) + "\n")
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             replace(folder, old)
@@ -407,17 +501,31 @@ def start_logger(args, folder):
 
 
 def log(row, logger=None):
-    """Print a step's row on one greppable line, and send it to Weights & Biases if asked."""
-    cells = [f"{key} {row[key]:.4g}" for key in COLUMNS if key in row]
+    """Print what one watches of a step, on a line; send all of it to Weights & Biases if asked."""
+    cells = [text.format(row[key]) for key, text in LINE.items() if key in row]
     print(" | ".join(cells), flush=True)
     if logger:
         logger.log(row, step=row["step"])
 
 
+LINE = {
+    "step": "step {}",
+    "entropy": "entropy {:.3g} nats",
+    "reward": "reward {:.3g}",
+    "length": "length {:.1f} tokens",
+    "truncated": "truncated {:.0%}",
+    "kl": "kl {:.2g} nats",
+    "grad_norm": "grad_norm {:.2g}",
+    "seconds": "{:.1f} s",
+}
+
+
 def log_sample(step, prompt, response, folder):
     """Print a sampled response, and add it to samples.jsonl."""
+    print(f"step {step} | a prompt, and a response to it:")
+    for text in (prompt, response):
+        print(textwrap.indent(text, "    "), flush=True)
     sample = {"step": step, "set": "rollout", "prompt": prompt, "response": response}
-    print(f"  {sample}", flush=True)
     append_jsonl(folder / "samples.jsonl", [sample])
 
 
@@ -455,8 +563,8 @@ class StopSignal:
 
 def command(main):
     """A decorator for a script's main. A UserError, a full disk, too little memory and Ctrl-C end
-    it with one line; every other exception keeps its traceback. Afterwards signals are handled
-    as they were before."""
+    it with one line; every other exception keeps its traceback. Afterwards its locks are released,
+    and signals are handled as they were before."""
 
     @functools.wraps(main)
     def wrapper(argv=None):
@@ -466,7 +574,7 @@ def command(main):
             with printing(name):
                 main(argv)
         except UserError as error:
-            sys.exit(f"{name}: {error}")
+            sys.exit(f"{name}: {error}".replace("\n", "\\n"))  # of a value; this is one line
         except (torch.OutOfMemoryError, MemoryError) as error:
             reason = str(error).split("\n")[0]
             sys.exit(f"{name}: out of memory: {reason} Less is needed with a smaller --budget, "
@@ -478,6 +586,7 @@ def command(main):
         except KeyboardInterrupt:
             sys.exit(f"{name}: stopped at once; the last checkpoint, if any, is as it was")
         finally:
+            release_locks()
             for number, handler in before.items():
                 signal.signal(number, handler)
 

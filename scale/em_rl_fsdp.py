@@ -83,8 +83,8 @@ def add_arguments(parser, method):
 def read(argv, world):
     """Rank 0's part of the set-up: all that is read from files, and the folder of the run.
 
-    Gives a list for all processes to share, and one for rank 0 to keep: the whole model, the
-    initial one (None without a KL) and the lock on the folder. Raises UserError.
+    Gives a list for all processes to share, and one for rank 0 to keep: the whole model and the
+    initial one (None without a KL). Raises UserError.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", default="rl")
@@ -108,6 +108,7 @@ def read(argv, world):
     initial = None
     if args.beta:  # the KL needs the initial model beside the one that changes
         initial = load_model(args.model, "cpu", dtype)[0] if args.resume else whole
+    run.check_inputs(args, train, val)
     nothing = torch.nn.Module()  # for the optimizer, whose state is in sharded-STEP/
     start, history = run.restore(args, nothing)
     folder = run.new_folder(args, NAME)
@@ -116,12 +117,11 @@ def read(argv, world):
         capacity = torch.cuda.get_device_properties(device).total_memory
     print(shards.describe(need, world, capacity, args))
     args.offload, args.sync_each, *_ = shards.plan(need, capacity, args)
-    lock, args.lock = args.lock, None  # it stays with this process
     shared = [
         args, device, dtype, train, val, tokenizer, head, start, history, folder, whole.config,
         whole.generation_config,
     ]
-    return shared, [whole, initial, lock]
+    return shared, [whole, initial]
 
 
 def check(args, world):
@@ -147,7 +147,7 @@ def check(args, world):
 @run.command
 def main(argv=None):
     rank, world = shards.join_processes()
-    shared, kept = None, [None, None, None]
+    shared, kept = None, [None, None]
     with rank_0_leads():
         if rank == 0:
             shared, kept = read(argv, world)
@@ -155,7 +155,7 @@ def main(argv=None):
         args, device, dtype, train, val, tokenizer, head, start, history, folder, config,
         generation_config,
     ) = shards.share(shared)
-    whole, before, lock = kept  # on rank 0, else None
+    whole, before = kept  # on rank 0, else None
     if device == "cuda":
         shards.use_own_gpu()
     vllm = args.sampler == "vllm"
@@ -283,7 +283,7 @@ def main(argv=None):
         on_rank_0(run.write_rows, folder / "metrics.csv", history)
         if args.keep_best and run.is_best(history):
             shards.collect(model, whole)
-            on_rank_0(run.save_model, folder / "best", whole, tokenizer)
+            on_rank_0(run.save_model, folder / "best", whole, tokenizer, row=row)
         asked = total({"asked": stopping.asked})["asked"] > 0  # by Ctrl-C, of any process
         if last or asked or step % args.save_every == 0:
             shards.save(step, model, optimizer, whole, tokenizer, folder)

@@ -107,11 +107,11 @@ def rank_0_leads():
     share(True)
 
 
-def on_rank_0(call, *args):
+def on_rank_0(call, *args, **settings):
     """Call it on rank 0 alone, and go on together (a collective)."""
     with rank_0_leads():
         if dist.get_rank() == 0:
-            call(*args)
+            call(*args, **settings)
 
 
 def total(values):

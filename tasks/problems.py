@@ -234,6 +234,7 @@ def eurus_code(row):
 HUB = {  # name: (id on the Hub, configuration, split, how many problems, row -> its problems)
     "numina": ("AI-MO/NuminaMath-CoT", None, "train", None, numina),  # None: unchecked
     "math500": ("HuggingFaceH4/MATH-500", None, "test", 500, as_it_is),
+    "math-train": ("DigitalLearningGmbH/MATH-lighteval", None, "train", 7500, as_it_is),
     "gsm8k": ("openai/gsm8k", "main", "test", 1319, as_it_is),
     "gsm8k-train": ("openai/gsm8k", "main", "train", 7473, as_it_is),
     "svamp": ("ChilleD/SVAMP", None, "train+test", 1000, svamp),  # its authors' 1,000 tests
@@ -248,6 +249,7 @@ HUB = {  # name: (id on the Hub, configuration, split, how many problems, row ->
     "mmlu-stem": ("cais/mmlu", "all", "test", 3018, mmlu_stem),
     "humaneval": ("openai/openai_humaneval", None, "test", 164, humaneval),
     "mbpp": ("google-research-datasets/mbpp", "sanitized", "test", 257, mbpp),
+    "mbpp-train": ("google-research-datasets/mbpp", "sanitized", "train", 120, mbpp),
     # DeepSeek-Coder's contests, July 2023 to January 2024
     "leetcode": ("TechxGenus/LeetCode-Contest", None, "train", 180, leetcode),
     # the authors' copy wants to run a script
@@ -258,6 +260,14 @@ HUB = {  # name: (id on the Hub, configuration, split, how many problems, row ->
     "scicode-background":
         ("SciCode1/SciCode", None, "test", 288, partial(scicode, background=True)),
     "eurus-code": ("PRIME-RL/Eurus-2-RL-Data", None, "train", None, eurus_code),
+}
+TRAINING = {  # a benchmark: the set to train on in its place; for the others it is numina
+    "math500": "math-train",
+    "gsm8k": "gsm8k-train",
+    "mbpp": "mbpp-train",
+    "humaneval": "eurus-code",
+    "leetcode": "eurus-code",
+    "livecodebench": "eurus-code",
 }
 INDVAL = (
     "indval: individual value judgements come from the World Values Survey, not from the Hub; "
@@ -417,6 +427,16 @@ def load_problems(name_or_path):
     if size and len(problems) != size:
         print(f"{name}: {len(problems)} problems, not {size} as it should have", file=sys.stderr)
     return problems
+
+
+def benchmark_of(name):
+    """The benchmark whose test questions load_problems(name) gives, or None. `name` may also be
+    the Hub's id of a data set that has them as its split "train"."""
+    for benchmark, (hub_id, _, split, *_) in HUB.items():
+        found = name == benchmark or (name == hub_id and "train" in split)
+        if found and benchmark not in ("numina", *TRAINING.values()):
+            return benchmark
+    return None
 
 
 def load_gradable(data, limit, allow_code, flag="--data"):

@@ -128,6 +128,9 @@ ROWS = {  # name: (rows as the data set has them, contents invented; problems th
     "math500": (
         [dict(problem="1+1?", solution="It is \\boxed{2}.", answer="2", level=1)],
         [dict(id="math500/0", prompt="1+1?", answer="2", level=1)]),
+    "math-train": (
+        [dict(problem="1+1?", level="Level 1", type="Algebra", solution="It is \\boxed{2}.")],
+        [dict(id="math-train/0", prompt="1+1?", solution="It is \\boxed{2}.", answer="2")]),
     "gsm8k": (
         [dict(question="One and 1,233?", answer="It is <<1+1233=1234>>1,234\n#### 1,234")],
         [dict(id="gsm8k/0", prompt="One and 1,233?", answer="1,234")]),
@@ -179,6 +182,11 @@ ROWS = {  # name: (rows as the data set has them, contents invented; problems th
               test_list=["assert twice(2) == 4", "assert twice(math.pi) > 6"])],
         [dict(id="mbpp/7", right="def twice(x): return 2 * x", wrong="def twice(x): return x",
               asks="assert twice(2) == 4\nassert")]),
+    "mbpp-train": (
+        [dict(task_id=602, prompt="Write a function to halve.", test_imports=[],
+              test_list=["assert half(2) == 1"])],
+        [dict(id="mbpp/602", right="def half(x): return x / 2", wrong="def half(x): return x",
+              asks="to halve.")]),
     "leetcode": (
         [dict(task_id="weekly-1", prompt="class Solution:\n", prompt_sft="Sum. Please complete:",
               test="\nmy_solution = Solution()\ntest_input = { \"xs\": [1, 2] }\n"
