@@ -7,3 +7,8 @@ class UserError(Exception):
     A script ends with that line. Every other exception keeps its traceback, because it shows
     where the code broke.
     """
+
+
+def one_line(error, longest=200):
+    """What an exception of another library says, on one line of at most so many characters."""
+    return " ".join(str(error).split())[:longest]
