@@ -23,37 +23,44 @@ class GrowingLayer(DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
-            self.key_room, self.value_room = self.keys, self.values
+            self.keys = self.key_room = keys[:, :, :0]
+            self.values = self.value_room = values[:, :, :0]
         self.key_room, self.keys = append(self.key_room, self.keys, keys)
         self.value_room, self.values = append(self.value_room, self.values, values)
         return self.keys, self.values
 
+    def reorder_cache(self, rows):
+        super().reorder_cache(rows)  # makes copies, in which there is no room
+        self.key_room, self.value_room = self.keys, self.values
+
 
 def append(room, old, new):
     """Put `new` (B, heads, t, D) behind `old` in its buffer `room`: (room, a view of both)."""
-    start = old.shape[-2] if old.numel() else 0
+    start = old.shape[-2]
     end = start + new.shape[-2]
-    if len(room) != len(new) or room.shape[-2] < end:  # full, or rows have come or gone
+    if room.shape[-2] < end:  # full
         room = new.new_empty(*new.shape[:2], end + 256, new.shape[-1])
-        if start:
-            room[:, :, :start] = old
+        room[:, :, :start] = old
     room[:, :, start:end] = new
     return room, room[:, :, :end]
 
 
 def next_logits(model, cache, ids, attention_mask, position_ids):
     """Run the model on ids (B, t) behind what `cache` holds: logits of the next token (B, V)."""
-    names = inspect.signature(model.forward).parameters
-    name = "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
     output = model(
         input_ids=ids,
         attention_mask=attention_mask,
         position_ids=position_ids,
         use_cache=True,
         logits_to_keep=1,
-        **{name: cache},
+        **{cache_name(model): cache},
     )
     return output.logits[:, -1].float()
+
+
+def cache_name(model):
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
 
 
 def prefill(model, prompts, n):
@@ -73,9 +80,9 @@ def prefill(model, prompts, n):
         if type(layer) is DynamicLayer:  # the layer of a sliding window does not grow
             cache.layers[i] = GrowingLayer()
     logits = next_logits(model, cache, ids, mask, positions)
-    cache.batch_repeat_interleave(n)
-    logits, mask = logits.repeat_interleave(n, dim=0), mask.repeat_interleave(n, dim=0)
-    return cache, logits, mask, positions[:, -1:].repeat_interleave(n, dim=0)
+    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(n)  # B x n
+    cache.reorder_cache(rows)  # despite its name: rows may be repeated, or left out
+    return cache, logits[rows], mask[rows], positions[rows, -1:]
 
 
 def one_token(logits, temperature, sharpen=None):
@@ -150,7 +157,7 @@ def generate(
             if len(on) == 0 or t + 1 == max_new_tokens:
                 break
             if len(on) < len(alive):
-                cache.batch_select_indices(on)
+                cache.reorder_cache(on)
                 alive, ids, mask, positions = alive[on], ids[on], mask[on], positions[on]
             mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
             logits = next_logits(model, cache, ids, mask, positions)

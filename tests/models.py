@@ -5,8 +5,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's libraries are imported
 
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tiny/base")
@@ -19,6 +21,23 @@ SMALL = dict(
 )
 SOFTCAP = dict(query_pre_attn_scalar=8, final_logit_softcapping=1.5)
 SLIDING = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+EXPERTS = dict(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+)
+LATENT = dict(
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+    num_key_value_heads=4, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1,
+)
+DELTA = dict(
+    layer_types=["linear_attention", "full_attention"], linear_conv_kernel_dim=4,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
+MAMBA = dict(
+    mamba_n_heads=8, mamba_d_head=8, mamba_d_ssm=64, mamba_d_state=8, mamba_n_groups=1,
+    mamba_chunk_size=8,
+)
 ARCHITECTURES = {  # every kind of output head: tied or not, soft cap, a scale either way
     "qwen2": {},
     "qwen3": {},
@@ -29,13 +48,31 @@ ARCHITECTURES = {  # every kind of output head: tied or not, soft cap, a scale e
     "granite": dict(logits_scaling=4.0),
     "phi": {},
     "gpt2": {},
+    "olmo3": SLIDING,
+    "smollm3": dict(no_rope_layers=[1, 0]),
+    "phi3": {},
+    "glm4": {},
+    "gpt_oss": EXPERTS | SLIDING | dict(num_local_experts=4),
+    "qwen3_moe": EXPERTS,
+    "deepseek_v3": EXPERTS | LATENT,
+    "longcat_flash": LATENT | dict(
+        num_layers=2, ffn_hidden_size=64, expert_ffn_hidden_size=16, moe_topk=2, zero_expert_num=1
+    ),
+    # hybrids: layers of linear attention or convolution, whose cache has no length
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "qwen3_next": EXPERTS | DELTA,
+    "qwen3_5_text": DELTA,
+    "granitemoehybrid": EXPERTS | MAMBA | dict(layer_types=["mamba", "attention"]),
+    "falcon_h1": MAMBA,  # both in each layer
 }
 
 
 def random_model(kind, seed=0, **settings):
     """A small model with random weights, so large that its distributions are not flat."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(kind, **{**SMALL, **ARCHITECTURES[kind], **settings})
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    config = AutoConfig.for_model(kind, **{**SMALL, **ARCHITECTURES.get(kind, {}), **settings})
     model = AutoModelForCausalLM.from_config(config)
     for name, p in model.named_parameters():
         if p.dim() > 1 or name.endswith("lm_head.bias"):

@@ -1,138 +1,24 @@
-"""The sampler, the scripts eval.py and em_inf.py, who imports whom."""
+"""The scripts eval.py and em_inf.py."""
 import errno
 import fcntl
 import json
 import re
 import shutil
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicLayer
 
 import em_inf
 import eval as ev
 from engine.files import fresh_folder
-from engine.load import load_model, set_up
-from engine.sampler import GrowingLayer, generate
-from entropy import output_head, score_all
+from engine.sampler import generate
+from entropy import output_head
 from eval import read_samples
 from tasks.answers import votes
 from tasks.problems import load_problems
-from tasks.prompts import SYSTEM, encode_prompt, stop_ids
-from tests.models import ARCHITECTURES, ROOT, TINY, random_model, rows_of
+from tests.models import ROOT, TINY
 
 DATA = ROOT / "tiny/test.jsonl"
-STOPS = list(range(0, 280, 13))
-MODELS = [(kind, {}) for kind in ARCHITECTURES]
-MODELS += [("gemma3_text", dict(sliding_window=width)) for width in (4, 64)]
-
-
-def reference(model, prompts, stop, max_new_tokens, temperature, *processors):
-    """What transformers' generate answers, left-padded, up to a stop token."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[-1] * (width - len(p)) + p for p in prompts])
-    rows = model.generate(
-        input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), eos_token_id=stop,
-        do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0,
-        max_new_tokens=max_new_tokens, pad_token_id=stop[0], logits_processor=list(processors),
-    )[:, width:].tolist()
-    ends = [[t for t, token in enumerate(row, 1) if token in stop] for row in rows]
-    return [row[: min(end, default=len(row))] for row, end in zip(rows, ends)]
-
-
-@pytest.mark.parametrize("kind, settings", MODELS)
-def test_tokens_are_transformers_and_scores_the_trainers(kind, settings, monkeypatch):
-    """Guards: another row's cache, mask or position; dropout; scores of sharpened logits."""
-    def quantile(p, num_samples, **_):  # no chance is left
-        return (p.cumsum(-1) < 0.7).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
-
-    monkeypatch.setattr(torch, "multinomial", quantile)
-    model, prompts = random_model(kind, **settings), rows_of(3, 20, 11, 30)
-    head, em = output_head(model, prompts[0]), em_inf.EMInf()
-    for how in ([279], 24, 0), (STOPS, 24, 0.7, em):
-        sharpen = em.sharpen if em in how else None
-        rollout = generate(model.train(), prompts, *how[:3], sharpen=sharpen)
-        together = rollout.responses
-        assert model.training and together == reference(model.eval(), prompts, *how)
-        for prompt, response in zip(prompts, together):
-            alone = generate(model, [prompt], *how[:3], n=2, sharpen=sharpen).responses
-            assert alone == [response] * 2
-        scored = score_all(model, head, prompts, together, how[2] or 1.0)
-        assert torch.equal(rollout.mask, scored.mask)
-        for name in "entropy", "logprobs":
-            ours, theirs = getattr(rollout, name), getattr(scored, name)
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert together != generate(model, prompts, *how[:3]).responses
-
-
-def p_value(first, second):
-    """Chi-square: have two samples of one size one distribution?"""
-    a, b = Counter(first), Counter(second)
-    chi2 = sum((a[x] - b[x]) ** 2 / (a[x] + b[x]) for x in a | b)
-    return torch.special.gammaincc(*torch.tensor([len(a | b) - 1, chi2]) / 2).item()
-
-
-def test_samples_have_transformers_distribution_whatever_the_checkpoint_says():
-    model = random_model("qwen2", vocab_size=4, eos_token_id=3, pad_token_id=3)
-    prompts = [[1, 2, 2, 0], [2, 1]]
-    torch.manual_seed(0)
-    theirs = reference(model, [p for p in prompts for _ in range(2048)], [3], 3, 1.0)
-    vars(model.generation_config).update(top_k=1, temperature=0.1, repetition_penalty=3.0)
-    ours = generate(model, prompts, [3], 3, n=2048, rows=4096).responses
-    cold = generate(model, prompts, [3], 3, 0.7, n=2048).responses
-    for outcome in tuple, len, lambda response: response[-1] == 3:
-        a, b, c = [[(i // 2048, outcome(r)) for i, r in enumerate(x)] for x in (theirs, ours, cold)]
-        assert p_value(a, b) > 1e-3 > p_value(a, c)
-
-
-def test_a_prompt_is_run_once_and_ended_rows_leave():
-    model, prompts, shapes = random_model("qwen2"), rows_of(9, 4, 6), []
-    model.model.embed_tokens.register_forward_pre_hook(lambda _, x: shapes.append([*x[0].shape]))
-    responses = generate(model, prompts, STOPS, 20, n=8).responses
-    alive = [sum(len(response) > t for response in responses) for t in range(1, 20)]
-    assert shapes == [[3, 9]] + [[rows, 1] for rows in alive] and alive[-1] > 0
-    for *others, last in responses:
-        assert (last in STOPS or len(others) == 19) and not set(others) & set(STOPS)
-    shapes.clear()
-    generate(model, prompts, STOPS, 20, n=8, rows=17)
-    assert [shape for shape in shapes if shape[1] > 1] == [[2, 9], [1, 4]]
-
-
-def test_every_script_does_without_the_attention_that_plans_each_length_anew():
-    """Guards against cuDNN's: 64 rows at 7B took 56 ms a token on an H200, and 28 without."""
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    set_up("cpu")
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
-def test_a_growing_layer_holds_what_transformers_layer_holds():
-    ours, theirs, rows = GrowingLayer(), DynamicLayer(), 2
-    for t in range(290):
-        new = torch.randn(2, rows, 2, 1, 4)
-        for a, b in zip(ours.update(*new), theirs.update(*new)):
-            assert torch.equal(a, b)
-        for layer in ours, theirs:
-            if t == 1:
-                layer.batch_repeat_interleave(3)
-            if t == 280:
-                layer.batch_select_indices(torch.tensor([0, 3, 4]))
-        rows = len(ours.keys)
-
-
-def test_a_prompt_is_in_its_template_and_a_turn_ends_with_its_token(tiny):
-    model, tokenizer = tiny[0], load_model(TINY, "cpu")[1]
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
-    turns = "{% for m in messages %}[{{m.role}}]{{m.content}}<|end|>{% endfor %}"
-    no_system = "{{ raise_exception('system') if messages[0].role == 'system' }}"
-    for tokenizer.chat_template, text, stop in (
-        (None, "Q?\n", [279]),
-        (turns, f"[system]{SYSTEM}<|end|>[user]Q?<|end|>", [280, 279]),
-        (no_system + turns, f"[user]{SYSTEM}\n\nQ?<|end|>", [280, 279]),
-    ):
-        assert tokenizer.decode(encode_prompt(tokenizer, "Q?")) == text
-        assert stop_ids(model, tokenizer) == stop
 
 
 @pytest.mark.parametrize("decoder, drafts", [
@@ -296,112 +182,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(line, room, monkeypatch, capsy
     assert "\n" not in said
     assert all(word in said for word in (words or line).split())
     assert before == [*room.rglob("*")]
-
-
-def refused(argv, words, capsys):
-    with pytest.raises(SystemExit) as error:
-        ev.main([str(argument) for argument in argv])
-    said = error.value.code
-    if said == 2:  # argparse wrote it
-        said = capsys.readouterr().err.strip().split("\n")[-1]
-    assert "\n" not in said and all(word in said for word in words.split()), said
-
-
-@pytest.fixture
-def copy(room, tmp_path):
-    """A copy of the finished evaluation, which nobody uses."""
-    return shutil.copytree(room / "whole", tmp_path / "copy")
-
-
-@pytest.mark.parametrize("edit, words", [
-    ({"n": 0}, "config.json --n 0"),
-    ({"decode": 5}, "--decode 5"),
-    ({"max_new_tokens": None}, "config.json max_new_tokens null"),
-    ({"max_new_tokens": ...}, "config.json max_new_tokens missing"),
-    ({"batch": 5}, "config.json batch not a setting"),
-    ({"model": None}, "config.json model null"),
-    ({"diagnose": True}, "seeds 2 1"),  # which it asks for
-    ({"inputs": ...}, "inputs"),
-    ({"inputs": "x"}, "inputs"),
-])
-def test_saved_settings_are_checked_as_flags_are(edit, words, copy, capsys):
-    config = json.loads((copy / "config.json").read_text()) | edit
-    config = {key: config[key] for key in config if config[key] is not ...}
-    (copy / "config.json").write_text(json.dumps(config))
-    refused(["--resume", copy], words, capsys)
-
-
-@pytest.mark.parametrize("field, value, words", [
-    ("place", "first", "line 3 place first"),
-    ("job", True, "line 3 job true"),
-    ("entropy", "high", "line 3 entropy high"),
-    ("length", None, "line 3 length null"),
-    ("response", None, "line 3 response null"),
-    ("correct", ..., "line 3 correct missing"),
-    ("id", ["a"], "line 3 id"),
-])
-def test_a_line_that_is_not_eval_pys_own_is_named(field, value, words, copy, capsys):
-    path = copy / "samples.jsonl"
-    lines = path.read_text().splitlines()
-    sample = json.loads(lines[2]) | {field: value}
-    lines[2] = json.dumps({key: sample[key] for key in sample if sample[key] is not ...})
-    path.write_text("\n".join(lines))
-    for argv in ["--resume", copy], ["--regrade", copy], ["--compare", copy, copy]:
-        refused(argv, f"samples.jsonl {words}", capsys)
-
-
-def test_a_file_beside_the_samples_is_no_part_of_them(copy, room):
-    """Guards against a copy, which would be mixed in, and a traceback where it is not JSON."""
-    (copy / "samples-x.jsonl").write_text('{"place": 5}\n')
-    text = (copy / "samples.jsonl").read_text()
-    (copy / "samples copy.jsonl").write_text(text.replace('"correct": true', '"correct": false'))
-    assert found(copy) == found(room / "whole")
-
-
-@pytest.mark.parametrize("name", ["samples.jsonl", "samples-0.jsonl", "results.json", "notes.txt"])
-def test_no_evaluation_writes_into_a_folder_that_has_files(name, tmp_path, capsys):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / name).write_text('{"prompt": "1+1", "answer": "2"}\n')
-    before = (tmp_path / "mine" / name).read_bytes()
-    refused(SETTINGS + [tmp_path / "mine"], f"mine {name}", capsys)
-    refused(SETTINGS + [tmp_path / "mine" / name], "no folder", capsys)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
-    assert (tmp_path / "mine" / name).read_bytes() == before
-
-
-@pytest.mark.parametrize("what", ["model", "data", "less data"])
-def test_an_evaluation_goes_on_only_with_what_it_began_with(what, tmp_path, monkeypatch, capsys):
-    """Guards against samples of two models in one table, and "-6 of 24 samples are to come"."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(TINY, "model")
-    lines = DATA.read_text().splitlines(keepends=True)
-    Path("data.jsonl").write_text("".join(lines[:8]))
-    ev.main("--model model --data data.jsonl --seeds 1 --device cpu --out run".split())
-    Path("elsewhere").mkdir()
-    monkeypatch.chdir("elsewhere")
-    ev.main("--resume ../run".split())  # its places are absolute
-    monkeypatch.chdir(tmp_path)
-    if what == "model":
-        path = Path("model/model.safetensors")
-        path.write_bytes(path.read_bytes()[:-4000] + bytes(4000))
-        refused(["--resume", "run"], f"run {tmp_path}/model sha256 new folder", capsys)
-    else:
-        Path("data.jsonl").write_text("".join(lines[8:16] if what == "data" else lines[:6]))
-        refused(["--resume", "run"], f"run {tmp_path}/data.jsonl 8 problems new folder", capsys)
-
-
-def test_shards_may_begin_at_the_same_time(tmp_path, monkeypatch):
-    """Guards against a second shard that found no config.json at first, and then one."""
-    shared, load = SETTINGS + [str(tmp_path / "new"), "--shard"], ev.load_model
-
-    def slow(*args):
-        monkeypatch.setattr(ev, "load_model", load)
-        ev.main(shared + ["0/2"])
-        return load(*args)
-
-    monkeypatch.setattr(ev, "load_model", slow)
-    ev.main(shared + ["1/2"])
-    assert (tmp_path / "new/results.json").exists()
 
 
 def test_two_evaluations_of_one_second_have_folders_of_their_own(tmp_path):

@@ -1,0 +1,101 @@
+"""The sampler: transformers' tokens, the scorer's numbers, on every kind of model."""
+from collections import Counter
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicLayer
+
+import em_inf
+from engine.sampler import GrowingLayer, generate
+from entropy import output_head, score_all
+from tests.models import ARCHITECTURES, random_model, rows_of
+
+STOPS = list(range(0, 280, 13))
+MODELS = [(kind, {}) for kind in ARCHITECTURES]
+MODELS += [("gemma3_text", dict(sliding_window=width)) for width in (4, 64)]
+
+
+def reference(model, prompts, stop, max_new_tokens, temperature, *processors):
+    """What transformers' generate answers, left-padded, up to a stop token."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[-1] * (width - len(p)) + p for p in prompts])
+    rows = model.generate(
+        input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), eos_token_id=stop,
+        do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0,
+        max_new_tokens=max_new_tokens, pad_token_id=stop[0], logits_processor=list(processors),
+    )[:, width:].tolist()
+    ends = [[t for t, token in enumerate(row, 1) if token in stop] for row in rows]
+    return [row[: min(end, default=len(row))] for row, end in zip(rows, ends)]
+
+
+@pytest.mark.parametrize("kind, settings", MODELS)
+def test_tokens_are_transformers_and_scores_the_trainers(kind, settings, monkeypatch):
+    """Guards: another row's cache, mask or position; dropout; scores of sharpened logits; pads
+    that reach the first tokens through a convolution (prompts are left-padded)."""
+    def quantile(p, num_samples, **_):  # no chance is left
+        return (p.cumsum(-1) < 0.7).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
+
+    monkeypatch.setattr(torch, "multinomial", quantile)
+    model, prompts = random_model(kind, **settings), rows_of(3, 20, 11, 30)
+    head, em = output_head(model, prompts[0]), em_inf.EMInf()
+    for how in ([279], 24, 0), (STOPS, 24, 0.7, em):
+        sharpen = em.sharpen if em in how else None
+        rollout = generate(model.train(), prompts, *how[:3], sharpen=sharpen)
+        together = rollout.responses
+        assert model.training and together == reference(model.eval(), prompts, *how)
+        for prompt, response in zip(prompts, together):
+            alone = generate(model, [prompt], *how[:3], n=2, sharpen=sharpen).responses
+            assert alone == [response] * 2
+        scored = score_all(model, head, prompts, together, how[2] or 1.0)
+        assert torch.equal(rollout.mask, scored.mask)
+        for name in "entropy", "logprobs":
+            ours, theirs = getattr(rollout, name), getattr(scored, name)
+            torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=0)
+    assert together != generate(model, prompts, *how[:3]).responses
+
+
+def p_value(first, second):
+    """Chi-square: have two samples of one size one distribution?"""
+    a, b = Counter(first), Counter(second)
+    chi2 = sum((a[x] - b[x]) ** 2 / (a[x] + b[x]) for x in a | b)
+    return torch.special.gammaincc(*torch.tensor([len(a | b) - 1, chi2]) / 2).item()
+
+
+def test_samples_have_transformers_distribution_whatever_the_checkpoint_says():
+    model = random_model("qwen2", vocab_size=4, eos_token_id=3, pad_token_id=3)
+    prompts = [[1, 2, 2, 0], [2, 1]]
+    torch.manual_seed(0)
+    theirs = reference(model, [p for p in prompts for _ in range(2048)], [3], 3, 1.0)
+    vars(model.generation_config).update(top_k=1, temperature=0.1, repetition_penalty=3.0)
+    ours = generate(model, prompts, [3], 3, n=2048, rows=4096).responses
+    cold = generate(model, prompts, [3], 3, 0.7, n=2048).responses
+    for outcome in tuple, len, lambda response: response[-1] == 3:
+        a, b, c = [[(i // 2048, outcome(r)) for i, r in enumerate(x)] for x in (theirs, ours, cold)]
+        assert p_value(a, b) > 1e-3 > p_value(a, c)
+
+
+def test_a_prompt_is_run_once_and_ended_rows_leave():
+    model, prompts, shapes = random_model("qwen2"), rows_of(9, 4, 6), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, x: shapes.append([*x[0].shape]))
+    responses = generate(model, prompts, STOPS, 20, n=8).responses
+    alive = [sum(len(response) > t for response in responses) for t in range(1, 20)]
+    assert shapes == [[3, 9]] + [[rows, 1] for rows in alive] and alive[-1] > 0
+    for *others, last in responses:
+        assert (last in STOPS or len(others) == 19) and not set(others) & set(STOPS)
+    shapes.clear()
+    generate(model, prompts, STOPS, 20, n=8, rows=17)
+    assert [shape for shape in shapes if shape[1] > 1] == [[2, 9], [1, 4]]
+
+
+def test_a_growing_layer_holds_what_transformers_layer_holds():
+    """Guards against a buffer whose rows stay where they were when rows change places."""
+    ours, theirs, rows = GrowingLayer(), DynamicLayer(), 2
+    changes = {1: [0, 0, 0, 1, 1, 1], 20: [5, 4, 3, 2, 1, 0], 280: [0, 3, 4]}
+    for t in range(290):
+        new = torch.randn(2, rows, 2, 1, 4)
+        for a, b in zip(ours.update(*new), theirs.update(*new)):
+            assert torch.equal(a, b)
+        for layer in ours, theirs:
+            if t in changes:
+                layer.reorder_cache(torch.tensor(changes[t]))
+        rows = len(ours.keys)
