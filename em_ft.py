@@ -41,7 +41,7 @@ from engine.sampler import generate
 from entropy import batches, k3, output_head, score, score_all
 from eval import evaluate_held_out
 from tasks.problems import load_problems
-from tasks.prompts import stop_ids
+from tasks.prompts import response_texts, stop_ids
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(
@@ -89,6 +89,7 @@ def main(argv=None):
     model, tokenizer, adapters = run.load(args, device, dtype)
     train = run.prepare(train, tokenizer, label, args)
     run.check_inputs(args, train, val)
+    run.check_fit(model, tokenizer, train, val, args)
     head = output_head(model, train[0]["ids"])
     if args.beta:  # the KL needs the initial model beside the one that changes
         reference = model if args.lora else load_model(args.model, device, dtype)[0]
@@ -172,7 +173,7 @@ def main(argv=None):
         collapse = collapsed(history + [row], args.guard)
         last = step == args.steps or collapse is not None
         if last or step % args.eval_every == 0:
-            text = tokenizer.decode(responses[0], skip_special_tokens=True)
+            (text,) = response_texts(tokenizer, responses[:1])
             run.log_sample(step, problems[0]["prompt"], text, folder)
             row |= evaluate_held_out(step, model, tokenizer, head, val, args, folder)
         history.append(row)

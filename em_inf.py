@@ -46,8 +46,10 @@ from engine.arguments import (
     nonnegative,
     positive,
     positive_int,
+    template_settings,
     whole_number,
 )
+from engine.check import check_model
 from engine.load import load_model, set_up
 from engine.sampler import generate
 from entropy import at_least_float32, output_head, score_all, token_entropy
@@ -55,7 +57,7 @@ from eval import graded
 from tasks.answers import after_thoughts, most_agreed
 from tasks.errors import UserError
 from tasks.problems import load_gradable
-from tasks.prompts import encode_problem, encode_prompt, stop_ids
+from tasks.prompts import encode_problem, encode_prompt, response_texts, stop_ids
 from tasks.scores import table
 from tasks.steps import ask_in_rounds
 
@@ -307,7 +309,7 @@ def decode_and_grade(
             responses = []
             for i, prompt in enumerate(prompts):
                 group = drafts[i * n : i * n + n]
-                texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in group]
+                texts = response_texts(tokenizer, group)
                 best = most_agreed(texts) if n > 1 else 0
                 responses.append(group[best])
                 earlier[i] = after_thoughts(texts[best]) or None  # cut in a thought: ask again
@@ -333,6 +335,8 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("--model", help="folder or Hub id; without it the tiny model, set as said below")
+    add("--template", type=template_settings, metavar="KEY=VALUE", help="settings of the chat "
+        "template, with commas: enable_thinking=false")
     add("--prompt", help="answer this, streamed, and end")
     add("--data", default="math500", help="problems: JSONL file or Hub name")
     add("--limit", type=positive_int, help="only the first LIMIT problems")
@@ -351,21 +355,31 @@ def main(argv=None):
     add("--allow-code-execution", action="store_true",
         help="run the programs that answer code problems, in a sandbox")
     add("--device", help="cuda, mps or cpu; without it the first there is")
+    add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
+        "on a GPU that has it")
     args = parser.parse_args(argv)
     if args.model is None:  # the tiny model's settings replace defaults, and flags win
         args = parser.parse_args(argv, argparse.Namespace(**TINY))
 
     # ------------------------------------------------------------------------------- set-up
-    device, dtype = set_up(args.device)
+    device, dtype = set_up(args.device, args.dtype)
     em_inf = EMInf(args.delta, args.lr, args.steps, args.kl_weight, args.optimizer)
     adaptive = AdaptiveTemperature(args.alpha, args.delta)
     for name in args.decode:
         parse_decoder(name, args.temperature)
-    model, tokenizer = load_model(args.model, device, dtype)
+    problems = [{"prompt": args.prompt}]
+    if not args.prompt:
+        problems = load_gradable(args.data, args.limit, args.allow_code_execution)
+    model, tokenizer = load_model(args.model, device, dtype, args.template)
+    prompts = [encode_problem(tokenizer, problem) for problem in problems]
     if args.prompt:
+        check_model(model, prompts, args.max_new_tokens)
         return answer_one(args, model, tokenizer, em_inf)
-    problems = load_gradable(args.data, args.limit, args.allow_code_execution)
-    head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
+    if "refine" in [parse_decoder(name)[1] for name in args.decode]:
+        earlier = [0] * args.max_new_tokens  # room for the answer before
+        prompts += [encode_problem(tokenizer, problem, "") + earlier for problem in problems]
+    check_model(model, prompts, args.max_new_tokens)
+    head = output_head(model, prompts[0])
     print(f"{args.model} on {len(problems)} problems of {args.data}, {device}", flush=True)
 
     # --------------------------------------------------------------------------- the table

@@ -50,7 +50,7 @@ from entropy import batches, k3, output_head, score, score_all
 from eval import evaluate_held_out
 from tasks.answers import is_correct, votes
 from tasks.problems import load_problems
-from tasks.prompts import stop_ids
+from tasks.prompts import response_texts, stop_ids
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 TINY = dict(
@@ -204,6 +204,7 @@ def main(argv=None):
     model, tokenizer, adapters = run.load(args, device, dtype)
     train = run.prepare(train, tokenizer, label, args)
     run.check_inputs(args, train, val)
+    run.check_fit(model, tokenizer, train, val, args)
     head = output_head(model, train[0]["ids"])
     if args.beta:  # the KL needs the initial model beside the one that changes
         reference = model if args.lora else load_model(args.model, device, dtype)[0]
@@ -234,7 +235,7 @@ def main(argv=None):
             model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
             rows=args.rollout_batch, desc="rollouts",
         )
-        rollout.texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+        rollout.texts = response_texts(tokenizer, rollout.responses)
         rollout.problems = problems
         lengths = rollout.mask.sum(1)  # (B*N,), tokens
 

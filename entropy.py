@@ -221,19 +221,24 @@ def output_head(model, prompt):
     multiply by it where others divide, so it is found by trying.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    if head is None or "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{type(model).__name__}: no output head, or it takes no position_ids")
+    name = type(model).__name__
+    if head is None or model.base_model is model:
+        raise ValueError(f"{name}: no output head on top of a base model")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{name}: its forward takes no position_ids")
     scales = [1.0]
-    for name in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
-        if value := getattr(config, name, None):
+    for key in ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
+        if value := getattr(config, key, None):
             scales += [float(value), 1 / float(value)]
     softcap = getattr(config, "final_logit_softcapping", None)
-    some = (prompt + prompt)[:64]  # a few tokens are enough, and one alone is not
+    some = prompt[:64] if len(prompt) > 1 else prompt * 2  # a few are enough, one is not
     ids = torch.tensor([some], device=model.device)
     targets = ids[0, 1:]
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, :-1]  # (T - 1, V)
         hidden = model.base_model(input_ids=ids).last_hidden_state[0, :-1]  # (T - 1, D)
+        if hidden.shape[-1] != head.weight.shape[-1]:
+            raise ValueError(f"{name}: more than an output head on top of its base model")
         entropy = token_entropy(logits)
         logprob = logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
 
@@ -246,7 +251,7 @@ def output_head(model, prompt):
     tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.2
     if not error <= tolerance:
         raise ValueError(
-            f"{type(model).__name__}: its output head is more than weight, bias, scale "
+            f"{name}: its output head is more than weight, bias, scale "
             f"and soft cap: recomputed log-probs are off by {error:.3g} nats, where "
             f"{tolerance} are allowed; see entropy.output_head"
         )

@@ -34,7 +34,15 @@ import torch
 from tqdm import tqdm
 
 from engine import report, run
-from engine.arguments import Help, comma_list, positive, positive_int, shard
+from engine.arguments import (
+    Help,
+    comma_list,
+    positive,
+    positive_int,
+    shard,
+    template_settings,
+)
+from engine.check import check_model
 from engine.files import append_jsonl, lock, make_folder, read_config, read_jsonl, replace_file
 from engine.inputs import absolute, digest_of, digest_of_model, refuse_changes
 from engine.load import load_model, set_up
@@ -43,7 +51,7 @@ from entropy import output_head, score_all
 from tasks import answers, scores
 from tasks.errors import UserError
 from tasks.problems import HUB, load_gradable, load_problems
-from tasks.prompts import encode_problem, encode_prompt, stop_ids
+from tasks.prompts import encode_problem, response_texts, stop_ids
 from tasks.steps import as_asked, ask_in_rounds, pieces
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
@@ -107,7 +115,7 @@ def graded(
         main                only of a step: the problem that it is a step of
     """
     stop = stop_ids(model, tokenizer)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    texts = response_texts(tokenizer, responses)
     right = answers.grade(problems, texts, allow_code)
     entropy = scores.entropy.cpu().double().sum(-1).tolist()
     logprobs = scores.logprobs.cpu().double().sum(-1).tolist()
@@ -258,6 +266,8 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("--model", default=str(HERE / "tiny/base"), help="folder or Hub id")
+    add("--template", type=template_settings, metavar="KEY=VALUE", help="settings of the chat "
+        "template, with commas: enable_thinking=false")
     add("--data", type=comma_list, default=str(HERE / "tiny/test.jsonl"),
         help=f"JSONL files or names, with commas: {', '.join(HUB)}")
     add("--limit", type=positive_int, help="only the first LIMIT problems of each")
@@ -271,6 +281,8 @@ def main(argv=None):
     add("--allow-code-execution", action="store_true",
         help="run the programs that answer code problems, in a sandbox")
     add("--device", help="cuda, mps or cpu; without it the first there is")
+    add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
+        "on a GPU that has it")
     add("--out", help="folder for the results; without it a new one in runs/")
     add("--resume", metavar="FOLDER", help="go on with an interrupted evaluation")
     add("--shard", type=shard, metavar="I/N", help="do the I-th of N parts (from 0), in the --out "
@@ -303,15 +315,18 @@ def main(argv=None):
     refuse_changes(begun, before, {key: vars(args)[key] for key in before})
 
     # ------------------------------------------------------------------------------- set-up
-    device, dtype = set_up(args.device)
+    device, dtype = set_up(args.device, args.dtype)
     temperatures = [temperature_of(decoder) for decoder in args.decode]
     if len(set(temperatures)) < len(temperatures):
         raise UserError(f"--decode {','.join(args.decode)}: two of them are the same")
     problems = {}
     for data in args.data:
         problems[data] = load_gradable(data, args.limit, args.allow_code_execution)
-    model, tokenizer = load_model(args.model, device, dtype)
-    head = output_head(model, encode_prompt(tokenizer, "Which prime is even?"))
+    model, tokenizer = load_model(args.model, device, dtype, args.template)
+    asked = itertools.chain(*problems.values())
+    prompts = [encode_problem(tokenizer, problem) for problem in asked]
+    check_model(model, prompts, args.max_new_tokens)
+    head = output_head(model, prompts[0])
     folder = open_folder(args, problems)
     first, parts = args.shard or (0, 1)
     suffix = f"-{first}" if args.shard else ""

@@ -4,6 +4,7 @@ Types for argparse that check: a bad value is refused in one line, before anythi
     parser.add_argument("--lr", type=positive)    # --lr -1: not a number above 0
 """
 import argparse
+import re
 
 from tasks.errors import UserError
 
@@ -66,6 +67,16 @@ def comma_list(text):
     for name in parts:
         if parts.count(name) > 1:
             raise argparse.ArgumentTypeError(f"{name} stands there twice")
+    return parts
+
+
+def template_settings(text):
+    """"enable_thinking=false,effort=low" -> its parts. A comma in a value is none between two."""
+    parts = re.split(r",(?=\w+=)", text)
+    for part in parts:
+        key, found, _ = part.partition("=")
+        if not key.isidentifier() or not found:
+            raise argparse.ArgumentTypeError(f"{part} is not of the form enable_thinking=false")
     return parts
 
 

@@ -1,16 +1,22 @@
 """
 Load a language model and its tokenizer: on which device, in which precision, from where.
 """
+import contextlib
+import importlib.util
 import itertools
 import json
 import os
+import re
+import traceback
 from pathlib import Path
 
+import safetensors
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tasks.errors import UserError
+from tasks.errors import UserError, one_line
 from tasks.problems import hub_says, reach_hub
+from tasks.prompts import set_template
 
 
 def set_up(device=None, dtype=None):
@@ -36,31 +42,37 @@ def set_up(device=None, dtype=None):
     return device, getattr(torch, dtype or ("bfloat16" if native else "float32"))
 
 
-def load_model(name, device, dtype=torch.float32):
-    """(model in eval mode, tokenizer) of a folder or a Hub id; UserError where there is none."""
-    is_folder = Path(name).is_dir()
-    reached = is_folder or reach_hub()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        settings = Path(name, "generation_config.json")  # if damaged, transformers ignores it
-        if settings.exists():
-            json.loads(settings.read_text(encoding="utf-8"))
-        adapters = Path(name, "adapter_config.json")  # of --lora
-        base = name
-        if adapters.exists():
-            base = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        if adapters.exists():
-            import peft
+def load_model(name, device, dtype=torch.float32, template=()):
+    """(model in eval mode, tokenizer) of a folder or a Hub id.
 
+    `template` are settings of the chat template (tasks.prompts.set_template). Raises UserError
+    for what is missing or damaged, by the name of the file where it is known.
+    """
+    folder = Path(name)
+    reached = folder.is_dir() or reach_hub()
+    check_files(folder)
+    with loading("tokenizer", name, reached):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    set_template(tokenizer, template)
+    adapters, base = folder / "adapter_config.json", name  # of --lora
+    if adapters.exists():
+        base = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not importlib.util.find_spec("peft"):
+            raise UserError(f"model {name}: these are adapters, which need peft; pip install peft")
+    with loading("model", base, Path(base).is_dir() or reached):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, output_loading_info=True
+        )
+    if missing := sorted(found["missing_keys"]):  # transformers would make random ones
+        raise UserError(f"model {base}: {len(missing)} of its weights are in none of its files, "
+                        f"such as {missing[0]}; is it a {type(model).__name__}?")
+    if adapters.exists():
+        import peft
+
+        with loading("adapters", name, reached):
             model = peft.PeftModel.from_pretrained(model, name).get_base_model()
-    except Exception as error:  # whatever the loaders raise for a missing or a damaged file
-        reason = " ".join(str(error).split())[:160]
-        if is_folder:
-            raise UserError(f"model {name}: the folder can't be loaded ({reason})") from error
-        raise UserError(f"model {name}: no folder here, and {hub_says(reached)} model") from error
     if model.num_parameters() < 2**20 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # beside any other work several would wait for each other
+        torch.set_num_threads(1)  # more threads are slower when other jobs run
     model.to(device).eval()
     if model.device.type == "cpu":
         # safetensors has mapped the file into memory: whoever writes to it changes the model,
@@ -68,3 +80,53 @@ def load_model(name, device, dtype=torch.float32):
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             tensor.data = tensor.data.clone()
     return model, tokenizer
+
+
+def check_files(folder):
+    """Raise UserError for a file of a model's folder that can't be read. transformers would not
+    name some of them, and others it would silently do without."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: damaged, it is not JSON ({one_line(error)})") from error
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            safetensors.safe_open(path, "pt")
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path}: damaged ({one_line(error)})") from error
+
+
+@contextlib.contextmanager
+def loading(part, name, reached):
+    """UserError for whatever the loaders of other libraries raise: files can be wrong in any way.
+    An exception that is raised in this file keeps its traceback."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if traceback.extract_tb(error.__traceback__)[-1].filename == __file__:
+            raise
+        reason = one_line(error)
+        if isinstance(error, OSError) and not Path(name).is_dir():
+            reason = f"no folder here, and {hub_says(reached)} model ({reason})"
+        raise UserError(f"model {name}: its {part} can't be loaded: {reason}") from error
+
+
+def switch_off_dropout(model, quiet=False):
+    """Set the probability of every dropout to 0, of nn.Dropout and of each forward that reads a
+    number, and that of other noise in training (skipped layers, routers that jitter).
+
+    With dropout the distribution that is trained would not be the one that was sampled from: with
+    attention_dropout 0.1, ratios that should be 1 went from 0.03 to 2.8.
+    """
+    largest = 0.0
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            is_noise = re.search("drop|jitter", name) or name == "p"
+            if is_noise and type(value) is float and value > 0:
+                largest = max(largest, value)
+                setattr(module, name, 0.0)
+    if largest and not quiet:
+        print(f"dropout: the model's own, up to {largest}, is off; its samples have none either")

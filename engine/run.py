@@ -50,7 +50,15 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from engine.arguments import Help, as_flags, growth, positive_int, whole_number
+from engine.arguments import (
+    Help,
+    as_flags,
+    growth,
+    positive_int,
+    template_settings,
+    whole_number,
+)
+from engine.check import check_model, sampler_gap
 from engine.files import (
     append_jsonl,
     lock,
@@ -62,14 +70,12 @@ from engine.files import (
     replace_file,
 )
 from engine.inputs import absolute, digest_of, digest_of_model
-from engine.load import load_model
+from engine.load import load_model, switch_off_dropout
 from engine.output import printing
 from engine.report import SAMPLE
-from engine.sampler import generate
-from entropy import score_all
 from tasks.errors import UserError
 from tasks.problems import TRAINING, benchmark_of, load_gradable
-from tasks.prompts import encode_prompt, stop_ids
+from tasks.prompts import encode_problem, encode_prompt, stop_ids
 
 COLUMNS = (
     "step entropy reward reward_std length truncated kl grad_norm tokens flops "
@@ -85,6 +91,8 @@ def add_arguments(parser):
     """The settings that every training run has."""
     add = parser.add_argument_group("model and data").add_argument
     add("--model", help="folder or Hub id; without it the tiny model, set as said below")
+    add("--template", type=template_settings, metavar="KEY=VALUE", help="settings of the chat "
+        "template, with commas: enable_thinking=false")
     add("--data", default="numina", help="training prompts: JSONL file or Hub name")
     add("--data-size", type=positive_int, default=35_000, help="prompts drawn from --data")
     add("--val", default="math500", help="held-out problems: JSONL file, Hub name, or none")
@@ -168,7 +176,9 @@ def load(args, device, dtype):
     one is zero at first. They are None without --lora. UserError where something can't be loaded.
     """
     folder = checkpoint_of(args.resume) if args.resume else None
-    model, tokenizer = load_model(args.model if args.lora else folder or args.model, device, dtype)
+    name = args.model if args.lora else folder or args.model
+    model, tokenizer = load_model(name, device, dtype, args.template)
+    switch_off_dropout(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"--model {args.model}: adapters, which --lora trained, and which no run "
                         "starts from; give the model that they belong to")
@@ -218,6 +228,13 @@ def prepare(problems, tokenizer, label, args):
         raise UserError(f"--prompts {args.prompts}: {args.data} has only {len(prepared)} of at "
                          f"most {args.max_prompt_tokens} tokens")
     return prepared
+
+
+def check_fit(model, tokenizer, train, val, args):
+    """UserError where the model can't answer the prompts, those of training or those held out."""
+    prompts = [problem["ids"] for problem in train]
+    prompts += [encode_problem(tokenizer, problem) for problem in val]
+    check_model(model, prompts, args.max_new_tokens, training=True)
 
 
 def problems_of_step(step, train, args):
@@ -306,7 +323,8 @@ def announce(args, model, tokenizer, head, train, val, folder):
           f"at most {longest:,} tokens, at most {flops * sequences * longest:.2g} FLOPs; "
           f"{args.steps} steps")
     some = [problem["ids"] for problem in train[:8]]
-    gap = sampler_gap(model, head, some, stop_ids(model, tokenizer), args)
+    stop, tokens = stop_ids(model, tokenizer), min(args.max_new_tokens, 64)
+    gap = sampler_gap(model, head, some, stop, tokens, args.temperature)
     print(f"sampler and trainer differ by {gap:.1g} nats a token")
     print(f"results: {folder}", flush=True)
 
@@ -326,16 +344,6 @@ def notes_on_data(args, train, val):
         notes.append(f"{shared} of the {len(val)} held-out prompts are training prompts, too, so "
                      "the held-out accuracy is not one on unseen problems")
     return notes
-
-
-def sampler_gap(model, head, prompts, stop, args):
-    """Mean |difference| in nats between the log-probs that the sampler and the trainer give to
-    drawn tokens: rounding in float32, some hundredths in bfloat16, a bug where it is more."""
-    tokens = min(args.max_new_tokens, 64)
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        rollout = generate(model, prompts, stop, tokens, args.temperature)
-    scored = score_all(model, head, prompts, rollout.responses, args.temperature)
-    return (rollout.logprobs - scored.logprobs)[scored.mask].abs().mean().item()
 
 
 def new_folder(args, script):

@@ -49,13 +49,13 @@ from em_rl import REWARDS, TINY, advantage, policy_objective
 from engine import report, run
 from engine.arguments import positive, positive_int
 from engine.guard import collapsed
-from engine.load import load_model, set_up
+from engine.load import load_model, set_up, switch_off_dropout
 from entropy import batches, k3, output_head
 from scale import shards, vllm_rollouts
 from scale.shards import on_rank_0, rank_0_leads, total
 from tasks.errors import UserError
 from tasks.problems import load_problems
-from tasks.prompts import stop_ids
+from tasks.prompts import response_texts, stop_ids
 
 NAME = Path(__file__).name
 EM_FT = dict(rollouts=1, steps=40, beta=0.0, entropy_coef=-1.0)  # what --method ft sets
@@ -101,8 +101,10 @@ def read(argv, world):
     train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
     val = run.load_held_out(args)
     weights = run.checkpoint_of(args.resume) if args.resume else args.model
-    whole, tokenizer = load_model(weights, "cpu", dtype)
+    whole, tokenizer = load_model(weights, "cpu", dtype, args.template)
     train = run.prepare(train, tokenizer, "answer" if "correct" in args.reward else None, args)
+    switch_off_dropout(whole)
+    run.check_fit(whole, tokenizer, train, val, args)
     head = output_head(whole, train[0]["ids"]) | {"weight": None, "bias": None}
     need = shards.memory_of(whole, world, dtype.itemsize)
     initial = None
@@ -200,7 +202,7 @@ def main(argv=None):
             model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
             rows=args.rollout_batch, desc="rollouts" if rank == 0 else None,
         )
-        rollout.texts = tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+        rollout.texts = response_texts(tokenizer, rollout.responses)
         rollout.problems = problems
         lengths = rollout.mask.sum(1)  # (B*N,), tokens
 

@@ -33,6 +33,7 @@ from torch.distributed.tensor import distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import report, run
+from engine.load import switch_off_dropout
 from engine.sampler import generate
 from entropy import score, score_all
 from eval import evaluate
@@ -161,6 +162,7 @@ def spread(whole, config, mesh, dtype, offload=False, policy=None):
     """
     with torch.device("meta"):  # shapes without numbers: no process but rank 0 has them all
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    switch_off_dropout(model, quiet=True)
     device = mesh.device_type
     settings = dict(mesh=mesh, mp_policy=policy or MixedPrecisionPolicy())
     if offload:
