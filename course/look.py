@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from em_inf import LEVELS, TINY, EMInf
 from engine.arguments import Help, positive, positive_int, whole_number
-from engine.files import read_config
+from engine.files import read_config, refuse_to_replace
 from engine.load import load_model, set_up
 from engine.run import checkpoint_of, command, read_rows
 from engine.sampler import generate
@@ -116,6 +116,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     models, source = args.model or [TINY["model"]], args.data or TINY["data"]
     data, body, curves = {"names": {}, "rows": []}, "", ""
+    template = Path(__file__).with_name("look.html").read_text(encoding="utf-8")
+    refuse_to_replace(args.out, template[:99])
     try:
         if args.run:
             config, metrics = read_config(args.run), read_rows(Path(args.run, "metrics.csv"))
@@ -138,7 +140,6 @@ def main(argv=None):
             for sampler in columns:
                 body += column(*sampler, problem=problem, data=data, args=args)
             body += "</div>\n"
-        template = Path(__file__).with_name("look.html").read_text(encoding="utf-8")
         about = f"Temperature {args.temperature:g}; EM-INF by {args.optimizer}, lr {args.lr:g}."
         data = json.dumps(data | {"names": list(data["names"])}).replace("<", "\\u003c")
         args.out.parent.mkdir(parents=True, exist_ok=True)

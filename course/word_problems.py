@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.arguments import Help, nonnegative, positive_int, whole_number
-from engine.files import replace_file
+from engine.files import refuse_to_replace, replace_file
 from engine.run import command
 
 ASK = "Answer with the number in \\boxed{}."
@@ -135,6 +135,8 @@ def main(argv=None):
     if 3 * args.direct + args.rambling > 1:
         parser.error(f"--direct {args.direct}: four steps would have 3 times that share, and "
                      f"--rambling {args.rambling}: more than all answers")
+    for name in ("train", "test", "hard"):
+        refuse_to_replace(args.out / f"{name}.jsonl", f'{{"id": "{name}/0", "prompt"')
     args.out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(args.seed)
     for name, kind, lengths, size in [

@@ -1,6 +1,7 @@
 """
 Files of a run that a kill, a full disk or a second process cannot spoil.
 """
+import contextlib
 import itertools
 import json
 import os
@@ -66,6 +67,13 @@ def make_folder(out, stem):
             raise UserError(f"--out {out}: {name} is there already, and may be yours; give a new "
                             "or an empty folder")
     return folder
+
+
+def refuse_to_replace(path, beginning):
+    """UserError where there is a file that does not begin as those do that a script writes."""
+    with contextlib.suppress(FileNotFoundError):
+        if not path.read_bytes().startswith(beginning.encode()):
+            raise UserError(f"{path} is there already, and may be yours; give another --out")
 
 
 def read_jsonl(path, needs=None):

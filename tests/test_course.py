@@ -81,3 +81,13 @@ def test_styles_have_the_shares_that_were_asked_for(made):
 def test_shares_that_leave_no_worked_answers_are_refused(made):
     with pytest.raises(SystemExit):
         made("--direct 1.2")
+
+
+def test_a_file_that_the_user_has_is_not_replaced(made, tmp_path):
+    made("--size 5 --test-size 5")
+    made("--size 6 --test-size 5")  # its own files may be
+    (tmp_path / "hard.jsonl").write_text('{"id": 0, "prompt": "mine"}\n')
+    with pytest.raises(SystemExit, match="hard.jsonl is there already"):
+        made("--size 7 --test-size 5")
+    assert "mine" in (tmp_path / "hard.jsonl").read_text()
+    assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 6

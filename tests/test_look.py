@@ -205,6 +205,16 @@ def test_bad_input_is_one_line(flags, said, tmp_path, monkeypatch, capsys):
     assert said in line and "\n" not in line
 
 
+def test_a_page_is_replaced_and_no_other_file(tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "1+1"}')
+    with pytest.raises(SystemExit, match="mine.jsonl is there already"):
+        make(mine, "--prompt", "1+1")
+    assert mine.read_text() == '{"prompt": "1+1"}'
+    for _ in range(2):
+        make(tmp_path / "page.html", "--prompt", "1+1", "--max-new-tokens", 2)
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
 def test_in_a_browser_the_keys_move_and_the_panel_tells(tmp_path, monkeypatch, tiny):
     """The script could fail on a token, where no test of the HTML would see it."""
