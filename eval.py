@@ -235,7 +235,7 @@ def jobs_of(problems, args):
 
 def folder_in_use(args):
     """The folder of an evaluation that goes on, perhaps one that another shard has begun."""
-    if args.shard and args.out and Path(args.out, "config.json").exists():
+    if args.shard and args.out and os.path.exists(Path(args.out, "config.json")):
         return args.out
     return args.resume
 
@@ -251,7 +251,7 @@ def open_folder(args, problems):
     if begun:
         refuse_changes(begun, read_config(begun, NAME), settings)
         return Path(begun)
-    if args.out and Path(args.out, "config.json").exists():
+    if args.out and os.path.exists(Path(args.out, "config.json")):
         raise UserError(f"{args.out} is in use: --resume {args.out}, or another --out")
     folder = make_folder(args.out, "runs/eval")
     replace_file(folder / "config.json", json.dumps(settings, indent=1) + "\n")

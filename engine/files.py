@@ -142,6 +142,8 @@ def read_config(folder, script=None):
         writer = config["script"]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, so there is no run to go on with") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); give a run's folder") from None
     except (ValueError, TypeError, KeyError) as error:
         kind = type(error).__name__
         raise UserError(f"{path}: damaged ({kind}); start again with another --out") from None
