@@ -10,10 +10,9 @@ import torch
 
 import em_inf
 import eval as ev
-from engine.files import fresh_folder
+from engine.files import fresh_folder, read_samples
 from engine.sampler import generate
 from entropy import output_head
-from eval import read_samples
 from tasks.answers import votes
 from tasks.problems import load_problems
 from tests.models import ROOT, TINY
@@ -152,6 +151,7 @@ EVAL = """--limit 0
 --resume whole: another process
 --resume whole --limit 5: limit 9 5
 --shard 2/2 --out new: 2/2
+--diagnose --decode sample: --decode sample --diagnose
 --shard 0/2: --out
 --resume whole --n 3: n 2 3
 --resume whole --model other: model other
