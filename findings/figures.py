@@ -26,6 +26,14 @@ SHIFT = [
     ("shift", "Calibration error", "ECE greedy|ECE sample|ECE em-inf|ECE adaptive-temperature",
      "operations (7 and more were never seen)"),
 ]
+GAINS = {"gain greedy": "gain, greedy", "gain T = 1": "gain, T = 1",
+         "forecast": "forecast for T = 1, first 0.1 nats"}
+
+
+def new_figure(columns, rows=1, height=4):
+    figure, axes = plt.subplots(rows, columns, figsize=(10, height), layout="constrained",
+                                sharey=True, squeeze=False)
+    return figure, axes.flat
 
 
 def draw(axis, places, lines, **labels):
@@ -41,15 +49,10 @@ def draw(axis, places, lines, **labels):
     axis.legend(frameon=False, fontsize=9)
 
 
-def panels(count, rows=1, height=4):
-    figure, axes = plt.subplots(rows, count, figsize=(10, height), layout="constrained",
-                                sharey=True, squeeze=False)
-    return figure, axes.flat
-
-
-def simple_figure(found, parts):
-    figure, axes = panels(len(parts))
-    for axis, (experiment, title, metrics, below) in zip(axes, parts):
+def by_setting(found, panels):
+    """A line for each metric, against the settings of the experiment."""
+    figure, axes = new_figure(len(panels))
+    for axis, (experiment, title, metrics, below) in zip(axes, panels):
         lines = {}
         for metric in metrics.split("|"):
             settings = settings_of(found, experiment, metric)
@@ -59,27 +62,44 @@ def simple_figure(found, parts):
     return figure
 
 
-def threshold_figure(found):
-    figure, (axis,) = panels(1)
-    columns = ["none", *DELTAS]
-    lines = {}
+def by_threshold(found):
+    """A line for each family of problems, against the threshold."""
+    figure, (axis,) = new_figure(1)
+    places, lines = ["none", *DELTAS], {}
     for family in settings_of(found, "threshold", "none"):
-        lines[family] = [found["threshold", family, metric] for metric in columns]
-    draw(axis, columns, lines, ylabel="% right, T = 1", ylim=(0, 105), title="EM-INF by family")
+        lines[family] = [found["threshold", family, metric] for metric in places]
+    draw(axis, places, lines, ylabel="% right, T = 1", ylim=(0, 105), title="EM-INF by family")
     return figure
 
 
-def zoo_figure(curves):
-    """`curves`: {setting: the rows of metrics.csv, for each seed}."""
+def by_base_model(found, experiment, methods, places, below):
+    """What each method gains, and the forecast of that, against the base model."""
+    figure, axes = new_figure(len(methods))
+    for axis, method in zip(axes, methods):
+        lines = {}
+        for metric, name in GAINS.items():
+            lines[name] = [found[experiment, f"{place}, {method}", metric] for place in places]
+        draw(axis, places, lines, title=method, xlabel=below)
+        axis.axhline(0, color="black", linewidth=1)
+    axes[0].set_ylabel("points")
+    return figure
+
+
+def accuracies(rows):
+    return [100 * row["val_greedy"] for row in rows if "val_greedy" in row]
+
+
+def by_step(curves):
+    """Greedy accuracy of each reward's runs. `curves`: {setting: metrics.csv of each seed}."""
     names = [name for name in curves if not name.endswith(", fast")]
-    figure, axes = panels(4, rows=-(-len(names) // 4), height=7)
+    figure, axes = new_figure(4, rows=-(-len(names) // 4), height=7)
     for axis, name in zip(axes, names):
-        for speed, label in ("", "default rate"), (", fast", "ten times as fast"):
-            color, line, _ = STYLES[bool(speed)]
-            runs = curves[name + speed]
+        for runs, label, (color, line, _) in [
+            (curves[name], "default rate", STYLES[0]),
+            (curves[f"{name}, fast"], "ten times as fast", STYLES[1]),
+        ]:
             steps = [row["step"] for row in runs[0] if "val_greedy" in row]
-            values = [[100 * row["val_greedy"] for row in rows if "val_greedy" in row]
-                      for rows in runs]
+            values = [accuracies(rows) for rows in runs]
             mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(runs) > 1)
             axis.plot(steps, mean, color=color, linestyle=line, label=label)
             axis.fill_between(steps, mean - sd, mean + sd, color=color, alpha=0.15)
@@ -90,46 +110,24 @@ def zoo_figure(curves):
     return figure
 
 
-def gains_figure(found, experiment, below):
-    names = {
-        "gain greedy": "gain, greedy",
-        "gain T = 1": "gain, T = 1",
-        "forecast": "forecast for T = 1, first 0.1 nats",
-    }
-    places = settings_of(found, experiment, "majority over greedy")
-    if experiment == "fails":
-        places.reverse()
-    pairs = [setting.split(", ") for setting in settings_of(found, experiment, "forecast")]
-    methods = list(dict.fromkeys(method for _, method in pairs))
-    figure, axes = panels(len(methods))
-    for axis, method in zip(axes, methods):
-        lines = {}
-        for metric, name in names.items():
-            lines[name] = [found[experiment, f"{place}, {method}", metric] for place in places]
-        draw(axis, places, lines, title=method, xlabel=below)
-        axis.axhline(0, color="black", linewidth=1)
-    axes[0].set_ylabel("points")
-    return figure
-
-
 def draw_all(found, curves, folder):
-    """findings-*.png of the experiments that there are."""
-    there = {key[0] for key in found}
-    made = {}
-    for name, parts in ("ablations", ABLATIONS), ("shift", SHIFT):
-        if there.issuperset(part[0] for part in parts):
-            made[name] = simple_figure(found, parts)
-    if "threshold" in there:
-        made["threshold"] = threshold_figure(found)
-    if curves:
-        made["zoo"] = zoo_figure(curves)
-    for name, below in [
-        ("fails", "confident answers that are right, %"),
-        ("capability", "steps of pretraining"),
-    ]:
-        if name in there:
-            made[name] = gains_figure(found, name, below)
-    for name, figure in made.items():
+    """Write findings-*.png."""
+    shares = settings_of(found, "fails", "majority over greedy")[::-1]
+    schools = settings_of(found, "capability", "majority over greedy")
+    em_rl = ["token", "sequence"]
+    figures = {
+        "ablations": by_setting(found, ABLATIONS),
+        "shift": by_setting(found, SHIFT),
+        "threshold": by_threshold(found),
+        "zoo": by_step(curves),
+        "fails": by_base_model(
+            found, "fails", em_rl, shares, "confident answers that are right, %"
+        ),
+        "capability": by_base_model(
+            found, "capability", ["EM-FT", *em_rl], schools, "steps of pretraining"
+        ),
+    }
+    for name, figure in figures.items():
         for axis in figure.axes:
             axis.spines[["top", "right"]].set_visible(False)
         figure.savefig(folder / f"findings-{name}.png", dpi=130)

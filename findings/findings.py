@@ -1,20 +1,21 @@
 """
-What the README says about the tiny model, measured: the paper's tables in miniature, what its
-readers still asked for, and where entropy minimisation goes wrong.
+What the README says about the tiny model, measured: the paper's tables in miniature, the questions
+that its readers ask, and where entropy minimisation goes wrong.
 
-    python findings/findings.py                     # 3 seeds: an hour and a half on 2 CPU cores
-    python findings/findings.py --quick             # all in little, with one seed
-    python findings/findings.py --only training,kl  # some of the experiments
+    python findings/findings.py          # 3 seeds: an hour and a half on 2 CPU cores
+    python findings/findings.py --quick  # all in little, with one seed
 
-Runs em_rl.py, em_ft.py, prepare.py and measurements of its own, as many at a time as there are
-cores. All of it goes to runs/findings/ (--quick: runs/findings-quick/), and what is there is
-not made again: after Ctrl-C the same command goes on. Remove the folder to start afresh, say
-after a change of tiny/base.
+An experiment has settings, for example the weights of the KL. `plan` lists, for each setting and
+seed, a job and which of the numbers that the job finds belong to the setting. The jobs are runs of
+em_rl.py, em_ft.py, tiny/prepare.py and measure.py, as many at a time as there are cores. Their
+results go to runs/findings/ (with --quick to runs/findings-quick/). A finished job is not
+done again: after Ctrl-C the same command goes on. Remove the folder to measure everything anew, for
+example after a change of tiny/base.
 
-At the end it writes each seed's numbers to findings/findings.csv, figures to assets/, and puts the
-numbers into findings/findings.md, README.md and course/README.md, whose comments say which number
-belongs where. With --quick or --only the first three go to the folder of the runs, and the
-committed files stay as they are.
+At the end each seed's numbers go to findings/findings.csv and the figures to assets/. The numbers
+are filled into findings/findings.md, README.md and course/README.md, whose comments say which
+number belongs where. With --quick the CSV, findings.md and the figures go to the folder of the
+runs, and the committed files stay as they are.
 """
 import argparse
 import json
@@ -30,90 +31,83 @@ from measure import examples, of_run
 from report import DELTAS, fill, made_by, read_csv, sign_of_gains, write_csv
 
 from em_inf import DECODERS, SHARPENERS
-from engine.arguments import Help, comma_list, positive_int
+from engine.arguments import Help, positive_int
 from engine.files import replace_file
 from engine.run import command, read_rows
-from tasks.errors import UserError
 from tasks.scores import CONFIDENCE
 
 ROOT = Path(__file__).resolve().parent.parent
-FULL = dict(seeds=3, problems=512, steps=40, zoo_steps=100, habits=1500, school=1, batches=1000)
-QUICK = dict(seeds=1, problems=64, steps=4, zoo_steps=8, habits=50, school=20, batches=20)
-TOKEN, SEQUENCE = "em_rl.py --reward token", "em_rl.py --reward sequence"
-RUNS = {  # experiment: {setting: script and flags}; what several share is run once
-    "training": {
-        "SFT": "em_ft.py --loss sft",
-        "RLOO": "em_rl.py --reward correct",
-        "GRPO": "em_rl.py --reward correct --advantage grpo",
-        "SC-RL": "em_rl.py --reward consistency",
-        "EM-FT": "em_ft.py",
-        "EM-FT + KL": "em_ft.py --beta 0.001",
-        "EM-FT + KL, N = 4": "em_ft.py --beta 0.001 --rollouts 4",
-        "EM-RL sequence": SEQUENCE,
-        "EM-RL token": TOKEN,
-        "control: random": "em_rl.py --reward random",
-        "control: length": "em_rl.py --reward length",
-    },
-    "kl": {
-        "0": f"{TOKEN} --beta 0",
-        "0.001": TOKEN,  # the default
-        "0.5": f"{TOKEN} --beta 0.5",
-        "1.5": f"{TOKEN} --beta 1.5",
-    },
-    "rollouts": {
-        "2": f"{SEQUENCE} --rollouts 2",
-        "4": SEQUENCE,  # the default
-        "8": f"{SEQUENCE} --rollouts 8",
-        "16": f"{SEQUENCE} --rollouts 16",
-    },
-    "norm": {
-        "token, mean": TOKEN,
-        "token, sum": f"{TOKEN} --reward-norm sum",
-        "sequence, mean": SEQUENCE,
-        "sequence, sum": f"{SEQUENCE} --reward-norm sum",
-    },
-    "coef": {
-        "0.1": f"{TOKEN} --entropy-coef=0.1",
-        "0.001": f"{TOKEN} --entropy-coef=0.001",
-        "0": TOKEN,
-        "-0.01": f"{TOKEN} --entropy-coef=-0.01",
-        "-0.1": f"{TOKEN} --entropy-coef=-0.1",
-        "exact": f"{TOKEN} --entropy-coef exact",
-    },
-    "labels": {
-        "correct": "em_rl.py --reward correct",
-        "token": TOKEN,
-        "correct+token": "em_rl.py --reward correct+token",
-        "correct+sequence": "em_rl.py --reward correct+sequence",
-    },
-}
-DIVERSE = "SFT", "RLOO", "EM-FT", "EM-RL token", "EM-RL sequence"  # asked for diversity
-ZOO = (
+FULL = dict(seeds=(1, 2, 3), problems=512, steps=40, zoo_steps=100, habits=1500, school=1,
+            batches=1000)  # `problems` are held out; `school` divides the steps of pretraining
+QUICK = dict(seeds=(1,), problems=64, steps=4, zoo_steps=8, habits=50, school=20, batches=20)
+# experiment; setting or method; script and flags. What several share is run once
+RUNS = """\
+training; SFT; em_ft.py --loss sft
+training; RLOO; em_rl.py --reward correct
+training; GRPO; em_rl.py --reward correct --advantage grpo
+training; SC-RL; em_rl.py --reward consistency
+training; EM-FT; em_ft.py
+training; EM-FT + KL; em_ft.py --beta 0.001
+training; EM-FT + KL, N = 4; em_ft.py --beta 0.001 --rollouts 4
+training; EM-RL sequence; em_rl.py --reward sequence
+training; EM-RL token; em_rl.py --reward token
+training; control: random; em_rl.py --reward random
+training; control: length; em_rl.py --reward length
+kl; 0; em_rl.py --reward token --beta 0
+kl; 0.001; em_rl.py --reward token
+kl; 0.5; em_rl.py --reward token --beta 0.5
+kl; 1.5; em_rl.py --reward token --beta 1.5
+rollouts; 2; em_rl.py --reward sequence --rollouts 2
+rollouts; 4; em_rl.py --reward sequence
+rollouts; 8; em_rl.py --reward sequence --rollouts 8
+rollouts; 16; em_rl.py --reward sequence --rollouts 16
+norm; token, mean; em_rl.py --reward token
+norm; token, sum; em_rl.py --reward token --reward-norm sum
+norm; sequence, mean; em_rl.py --reward sequence
+norm; sequence, sum; em_rl.py --reward sequence --reward-norm sum
+coef; 0.1; em_rl.py --reward token --entropy-coef=0.1
+coef; 0.001; em_rl.py --reward token --entropy-coef=0.001
+coef; 0; em_rl.py --reward token
+coef; -0.01; em_rl.py --reward token --entropy-coef=-0.01
+coef; -0.1; em_rl.py --reward token --entropy-coef=-0.1
+coef; exact; em_rl.py --reward token --entropy-coef exact
+labels; correct; em_rl.py --reward correct
+labels; token; em_rl.py --reward token
+labels; correct+token; em_rl.py --reward correct+token
+labels; correct+sequence; em_rl.py --reward correct+sequence
+several; EM-FT; em_ft.py
+several; token; em_rl.py --reward token
+several; sequence; em_rl.py --reward sequence
+several; token, β = 0.5; em_rl.py --reward token --beta 0.5
+several; token, c = 0.01; em_rl.py --reward token --entropy-coef 0.01
+several; EM-FT, β = 0.5; em_ft.py --beta 0.5
+several; correct; em_rl.py --reward correct
+fails; token; em_rl.py --reward token
+fails; sequence; em_rl.py --reward sequence
+capability; EM-FT; em_ft.py
+capability; token; em_rl.py --reward token
+capability; sequence; em_rl.py --reward sequence
+"""
+ZOO = (  # rewards; each at the default learning rate and at ten times that
     "token", "sequence", "self-certainty", "majority", "consistency", "empo", "correct",
     "format", "random", "length", "token --entropy-coef exact", "token --beta 0.5",
 )
-METHODS = {"EM-FT": "em_ft.py", "token": TOKEN, "sequence": SEQUENCE}
-SEVERAL = METHODS | {
-    "token, β = 0.5": f"{TOKEN} --beta 0.5",
-    "token, c = 0.01": f"{TOKEN} --entropy-coef 0.01",
-    "EM-FT, β = 0.5": "em_ft.py --beta 0.5",
-    "correct": "em_rl.py --reward correct",
-}
+DIVERSE = "SFT", "RLOO", "EM-FT", "EM-RL token", "EM-RL sequence"  # of "training", 16 answers each
 SHARES = 100, 75, 50, 25, 0  # percent of the problems whose confident answers are right
 SCHOOLS = 500, 1000, 2000, 4000, 8000  # steps of pretraining; the last is tiny/base
-WORLD = (  # what a model other than tiny/base must be told
+AS_TINY = (  # what the scripts set by themselves for tiny/base, and for no other model
     "--lr 1e-4 --prompts 64 --max-new-tokens 64 --budget 8192 --rollout-batch 256 "
     "--no-recompute"
 )
 DECODE = f"{DECODERS},adaptive-temperature+self-consistency,em-inf+refine".split(",")
-DECODINGS = {  # experiment: {setting: (decoder, settings of EM-INF)}
+DECODINGS = {  # {experiment: {name: (decoder, settings of EM-INF)}}
     "decoding": {decoder: (decoder, {}) for decoder in DECODE},
     "descent": {f"{steps}": ("em-inf", {"steps": steps}) for steps in (1, 3, 5, 10, 15)},
     "shift": {name: (name, {}) for name in ("greedy", "sample", *SHARPENERS)},
     "threshold": {"none": ("sample", {})}
     | {name: ("em-inf", {"delta": delta}) for name, delta in DELTAS.items()},
 }
-FAMILIES = {  # experiment: {family of problems: what `chain` is told}
+FAMILIES = {  # of problems, {experiment: {setting: arguments of `tiny.prepare.chain`}}
     "shift": {f"{length}": {"lengths": [length]} for length in range(3, 11)},
     "threshold": {
         "short": {"lengths": [2, 3]},
@@ -122,108 +116,136 @@ FAMILIES = {  # experiment: {family of problems: what `chain` is told}
         "products": {"signs": "*"},
     },
 }
-ESTIMATORS = "sequence", "token", "token + exact", "entropy's own"  # of a gradient
 
-# ------------------------------------------------------------------------------- the plan
+# ----------------------------------------------------------------------------- kinds of job
 
 
-def plan(settings, folder):
+def job(settings, name, command, *after):
+    """The job "python COMMAND" (a list), with a place for its results."""
+    return Job(settings["folder"] / re.sub(r"[^\w.=-]+", "-", name), command, after)
+
+
+def habits(settings, name, flags):
+    """A base model that learns other habits than tiny/base."""
+    command = f"tiny/prepare.py --start tiny/base --habit-steps {settings['habits']} {flags}"
+    return job(settings, name, command.split())
+
+
+def train(settings, flags, seed, base=None, data="tiny", steps=None, every=10):
+    """A training run: from tiny/base, or from the model that the job `base` makes."""
+    flags += f" --steps {steps or settings['steps']} --eval-every {every} --seed {seed}"
+    command = f"{flags} --device cpu --val-size {settings['problems']}"
+    if base is None:
+        return job(settings, flags, command.split())
+    command += f" --model {base.out} --data {data}/train.jsonl --val {data}/test.jsonl {AS_TINY}"
+    return job(settings, f"{base.out.name} {flags}", command.split(), base)
+
+
+def ask(settings, name, model, *after, **spec):
+    """A measurement of a model, which the jobs `after` make: `measure` explains `spec`."""
+    spec |= {"model": str(model), "problems": settings["problems"]}
+    return job(settings, f"{name}.json", ["findings/measure.py", json.dumps(spec)], *after)
+
+
+def ask_trained(settings, run, **spec):
+    return ask(settings, f"answers {run.out.name}", run.out / "checkpoint", run, **spec)
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+def plan(settings):
     """All that is measured: yields (experiment, setting, job, part), for each seed. The numbers
-    of a setting are that part of what the job has found (`result_of`)."""
-    seeds = range(1, settings["seeds"] + 1)
-
-    def job(name, command, *after):
-        return Job(folder / re.sub(r"[^\w.=-]+", "-", name), command.split(), after)
-
-    def train(flags, seed, world=None, data="tiny", steps=settings["steps"], every=10):
-        flags = f"{flags} --steps {steps} --eval-every {every} --seed {seed}"
-        command = f"{flags} --device cpu --val-size {settings['problems']}"
-        if world is None:
-            return job(flags, command)
-        command += f" --model {world.out} --data {data}/train.jsonl --val {data}/test.jsonl"
-        return job(f"{world.out.name} {flags}", f"{command} {WORLD}", world)
-
-    def ask(name, *after, **spec):
-        spec["problems"] = settings["problems"]
-        command = ["findings/measure.py", json.dumps(spec)]
-        return job(f"{name}.json", "", *after)._replace(command=command)
-
-    def trained_and_asked(name, world, methods, experiment):
-        """A base model's answers, and what each method makes of it."""
-        model, after = ("tiny/base", ()) if world is None else (str(world.out), (world,))
-        asked = ask(f"answers {experiment} {name}", *after, model=model, seed=1, n=8)
-        yield experiment, name, asked, "answers"
-        for method, flags in methods.items():
-            reward = "sequence" if method == "sequence" else "token"
-            yield experiment, f"{name}, {method}", asked, reward
-            for seed in seeds:
-                yield experiment, f"{name}, {method}", train(flags, seed, world), "gains"
-
-    # worlds whose confident answers are right on a share of the problems
-    habits = f"--habit-steps {settings['habits']}"
-    worlds = {}
+    of the setting are that part of what the job finds (`result_of`)."""
     for share in SHARES:
-        flags = f"--start tiny/base {habits} --aligned {share / 100}"
-        worlds[share] = job(f"world {share}", f"tiny/prepare.py {flags}")
-        methods = {"token": TOKEN, "sequence": SEQUENCE}
-        yield from trained_and_asked(f"{share}", worlds[share], methods, "fails")
-    # base models of different ability
+        base = habits(settings, f"world {share}", f"--aligned {share / 100}")
+        yield from forecast(settings, "fails", share, base)
     for steps in SCHOOLS:
-        flags = f"{habits} --steps {steps // settings['school']}"
-        world = None if steps == 8000 else job(f"school {steps}", f"tiny/prepare.py {flags}")
-        yield from trained_and_asked(f"{steps}", world, METHODS, "capability")
-    # a world of several right answers
-    world = job("world several", f"tiny/prepare.py --start tiny/base {habits} --several")
-    data = str(world.out)
-    for seed in seeds:
-        spec = dict(seed=seed, n=16, data=f"{data}/test.jsonl")
-        asked = ask(f"several base {seed}", world, model=data, **spec)
-        yield "several", "base", asked, "answers"
-        for method, flags in SEVERAL.items():
-            run = train(flags, seed, world, data)
-            asked = ask(f"answers {run.out.name}", run, model=f"{run.out}/checkpoint", **spec)
-            yield "several", method, asked, "answers"
-    # tiny/base
-    for seed in seeds:
-        asked = ask(f"answers base {seed}", model="tiny/base", seed=seed, n=16)
-        yield "training", "base", train(TOKEN, seed), "base"
-        yield "training", "base", asked, "pass@4"
-        yield "diversity", "base", asked, "answers"
-        for reward in CONFIDENCE:
-            yield "surest", reward, asked, reward
-        for name in ZOO:
-            for speed, lr in ("", "1e-4"), (", fast", "1e-3"):
-                flags = f"em_rl.py --reward {name} --prompts 32 --guard 0 --lr {lr}"
-                run = train(flags, seed, steps=settings["zoo_steps"])
-                if speed or seed == 1:  # little happens at the default rate
-                    yield "zoo", name.replace(" --", ", ") + speed, run, "run"
-        for experiment, runs in RUNS.items():
-            for setting, flags in runs.items():
-                every = 5 if experiment == "labels" else 10
-                yield experiment, setting, train(flags, seed, every=every), "run"
-        for method, flags in RUNS["training"].items():
-            run = train(flags, seed)
-            n = 16 if method in DIVERSE else 4
-            name = f"answers {run.out.name}"
-            asked = ask(name, run, model=f"{run.out}/checkpoint", seed=seed, n=n)
-            yield "training", method, asked, "pass@4"
-            if method in DIVERSE:
-                yield "diversity", method, asked, "answers"
-        for experiment, decoders in DECODINGS.items():
-            families = FAMILIES.get(experiment, {})
-            spec = dict(seed=seed, decoders=decoders)
-            asked = ask(f"{experiment} {seed}", model="tiny/base", **spec, families=families)
-            for setting in families or decoders:
-                yield experiment, setting, asked, setting
-        world = worlds[0]  # its confident answers are wrong
-        spec = dict(seed=seed, decoders=DECODINGS["threshold"], model=str(world.out))
-        asked = ask(f"misaligned {seed}", world, **spec, families={"misaligned": {}})
-        yield "threshold", "misaligned", asked, "misaligned"
+        flags = f"--habit-steps {settings['habits']} --steps {steps // settings['school']}"
+        base = job(settings, f"school {steps}", f"tiny/prepare.py {flags}".split())
+        yield from forecast(settings, "capability", steps, base if steps < 8000 else None)
+    for seed in settings["seeds"]:
+        yield from several_answers(settings, seed)
+        yield from training(settings, seed)
+        yield from zoo(settings, seed)
+        yield from decoding(settings, seed)
     for norm in "sum", "mean":
-        flags = f"findings/variance.py --norm {norm} --batches {settings['batches']}"
-        variance = job(f"variance {norm}.json", flags)
-        for estimator in ESTIMATORS:
-            yield "variance", f"{estimator}, {norm}", variance, estimator
+        spec = dict(norm=norm, batches=settings["batches"])
+        asked = ask(settings, f"variance {norm}", "tiny/base", **spec)
+        for estimator in "sequence", "token", "token + exact", "entropy's own":
+            yield "variance", f"{estimator}, {norm}", asked, estimator
+
+
+def runs_of(*experiments):
+    """Triples of experiment, setting and script with flags, of RUNS."""
+    rows = [line.split("; ") for line in RUNS.splitlines()]
+    return [row for row in rows if row[0] in experiments]
+
+
+def forecast(settings, experiment, name, base):
+    """What a base model's answers forecast, and what each method then gains from there."""
+    model, after = (base.out, [base]) if base else ("tiny/base", [])
+    asked = ask(settings, f"answers {experiment} {name}", model, *after, seed=1, n=8)
+    yield experiment, f"{name}", asked, "answers"
+    for _, method, flags in runs_of(experiment):
+        reward = "sequence" if method == "sequence" else "token"
+        yield experiment, f"{name}, {method}", asked, reward
+        for seed in settings["seeds"]:
+            yield experiment, f"{name}, {method}", train(settings, flags, seed, base), "gains"
+
+
+def several_answers(settings, seed):
+    """Problems of three right answers each: how many of them does a model find?"""
+    base = habits(settings, "world several", "--several")
+    spec = dict(seed=seed, n=16, data=f"{base.out}/test.jsonl")
+    asked = ask(settings, f"several base {seed}", base.out, base, **spec)
+    yield "several", "base", asked, "answers"
+    for experiment, method, flags in runs_of("several"):
+        run = train(settings, flags, seed, base, data=base.out)
+        yield experiment, method, ask_trained(settings, run, **spec), "answers"
+
+
+def training(settings, seed):
+    """Runs from tiny/base, and answers of the models that they make."""
+    asked = ask(settings, f"answers base {seed}", "tiny/base", seed=seed, n=16)
+    yield "training", "base", train(settings, "em_rl.py --reward token", seed), "base"
+    yield "training", "base", asked, "pass@4"
+    yield "diversity", "base", asked, "answers"
+    for reward in CONFIDENCE:
+        yield "surest", reward, asked, reward
+    experiments = "training", "kl", "rollouts", "norm", "coef", "labels"
+    for experiment, setting, flags in runs_of(*experiments):
+        run = train(settings, flags, seed, every=5 if experiment == "labels" else 10)
+        yield experiment, setting, run, "run"
+        if experiment == "training":
+            asked = ask_trained(settings, run, seed=seed, n=16 if setting in DIVERSE else 4)
+            yield "training", setting, asked, "pass@4"
+            if setting in DIVERSE:
+                yield "diversity", setting, asked, "answers"
+
+
+def zoo(settings, seed):
+    """Long runs without the guard: where does each reward rise and fall?"""
+    for name in ZOO:
+        for speed, lr in ("", "1e-4"), (", fast", "1e-3"):
+            flags = f"em_rl.py --reward {name} --prompts 32 --guard 0 --lr {lr}"
+            if speed or seed == 1:  # little happens at the default rate: one seed is enough
+                run = train(settings, flags, seed, steps=settings["zoo_steps"])
+                yield "zoo", name.replace(" --", ", ") + speed, run, "run"
+
+
+def decoding(settings, seed):
+    """Decoders of tiny/base, on the held-out problems or on families of problems."""
+    for experiment, decoders in DECODINGS.items():
+        families = FAMILIES.get(experiment, {})
+        spec = dict(seed=seed, decoders=decoders, families=families)
+        asked = ask(settings, f"{experiment} {seed}", "tiny/base", **spec)
+        for setting in families or decoders:
+            yield experiment, setting, asked, setting
+    base = habits(settings, "world 0", "--aligned 0.0")  # its confident answers are wrong
+    spec = dict(seed=seed, decoders=DECODINGS["threshold"], families={"misaligned": {}})
+    asked = ask(settings, f"misaligned {seed}", base.out, base, **spec)
+    yield "threshold", "misaligned", asked, "misaligned"
 
 
 # ---------------------------------------------------------------------------- the numbers
@@ -253,47 +275,33 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--quick", action="store_true", help="the settings under QUICK: less of everything")
-    add("--seeds", type=positive_int, help="seeds 1 to SEEDS, not those under FULL or QUICK")
     add("--jobs", type=positive_int, default=os.cpu_count(), help="at a time, one core each")
-    add("--only", type=comma_list, help="experiments, with commas; without it all of them")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
-    settings = QUICK if args.quick else FULL
-    settings = settings | {"seeds": args.seeds or settings["seeds"]}
     folder = Path("runs/findings-quick" if args.quick else "runs/findings")
     folder.mkdir(parents=True, exist_ok=True)
-    uses = list(plan(settings, folder))
-    known = list(dict.fromkeys(experiment for experiment, *_ in uses))
-    for experiment in args.only or []:
-        if experiment not in known:
-            parser.error(f"--only {experiment}: there are {', '.join(known)}")
-    uses = [use for use in uses if use[0] in (args.only or known)]
-    try:
-        seconds = execute([job for _, _, job, _ in uses], args.jobs, folder)
-    except KeyboardInterrupt:
-        sys.exit("findings.py: stopped; the same command goes on")
-    except (UserError, RuntimeError) as error:
-        sys.exit(f"findings.py: {error}")
+    settings = (QUICK if args.quick else FULL) | {"folder": folder}
+    uses = list(plan(settings))
+    seconds = execute([job for _, _, job, _ in uses], args.jobs, folder)
     found = collect(uses)
     curves, models = {}, {"base": "tiny/base"}
-    for experiment, setting, job, part in uses:
+    for experiment, setting, job, _ in uses:
         if experiment == "zoo":
             curves.setdefault(setting, []).append(read_rows(job.out / "metrics.csv"))
-        elif part == "run" and setting in ("EM-FT", "EM-RL token", "RLOO"):
+        if experiment == "training" and setting in ("RLOO", "EM-FT", "EM-RL token"):
             models.setdefault(setting, job.out / "checkpoint")  # of the first seed
-    command = " ".join(["python findings/findings.py", *sys.argv[1:]])
+    command_line = "python findings/findings.py" + " --quick" * args.quick
     texts = {
-        "made by": made_by(command, settings["seeds"], seconds / 60),
+        "made by": made_by(command_line, len(settings["seeds"]), seconds / 60),
         "examples": examples(models),
     }
-    shipped = not args.quick and not args.only
-    tables, pictures = (Path("tiny"), Path("assets")) if shipped else (folder, folder)
+    tables, pictures = (folder, folder) if args.quick else (Path("findings"), Path("assets"))
     write_csv(tables / "findings.csv", found)
     found = read_csv(tables / "findings.csv")  # rounded, and the texts must agree with it
     report = fill(Path("findings/findings.md").read_text(encoding="utf-8"), found, texts)
     replace_file(tables / "findings.md", report)
     draw_all(found, curves, pictures)
-    if shipped:
+    if not args.quick:
         for path in Path("README.md"), Path("course/README.md"):
             replace_file(path, fill(path.read_text(encoding="utf-8"), found))
     print(report)

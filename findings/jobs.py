@@ -1,8 +1,8 @@
 """
-Jobs for findings.py: processes that run beside each other, once.
+Jobs for findings.py and real.py: processes that run beside each other, each once.
 
-What is finished is not done again, so after Ctrl-C the same command goes on. What a kill has
-left half done is resumed if it is a training run with a checkpoint, else done afresh.
+A finished job is not done again, so after Ctrl-C the same command goes on. A training run that was
+killed is resumed from its checkpoint if it has one; any other job starts again.
 """
 import json
 import os
@@ -29,31 +29,24 @@ class Job(NamedTuple):
     after: tuple
 
 
-def with_needed(job):
-    """The jobs that a job waits for, and it itself behind them."""
-    for earlier in job.after:
-        yield from with_needed(earlier)
-    yield job
-
-
 def depth(job):
     """How many jobs must be done one after the other before this one can begin?"""
     return max((1 + depth(earlier) for earlier in job.after), default=0)
 
 
 def in_order(wanted):
-    """Jobs and all that they need, each once, and those first that wait for the fewest."""
+    """Jobs and all that they wait for, each once, and those first that wait for the fewest."""
     jobs = {}
     for job in wanted:
-        for needed in with_needed(job):
+        for needed in [*in_order(job.after), job]:
             jobs[needed.out] = needed
     return sorted(jobs.values(), key=depth)
 
 
 def run_job(job, folder):
-    """Run a job, unless it is finished: the seconds that it took. RuntimeError if it fails."""
+    """Run a job, unless it is finished: the seconds that it took. UserError if it fails."""
     name = job.out.name
-    finished = folder / f"logs/{name}.finished"
+    log, finished = folder / f"logs/{name}.txt", folder / f"logs/{name}.finished"
     if finished.exists():
         command, seconds = json.loads(finished.read_text(encoding="utf-8"))
         if command == job.command:
@@ -62,43 +55,40 @@ def run_job(job, folder):
     try:
         checkpoint_of(job.out)
         flag = "--resume"
-    except UserError:  # what has no checkpoint yet would be in the way
+    except UserError:  # em_rl.py writes into an empty folder only
         shutil.rmtree(job.out, ignore_errors=True)
         flag = "--out"
+    command = [sys.executable, *job.command, flag, job.out]
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
     started = time.time()
-    log = folder / f"logs/{name}.txt"
     with log.open("w", encoding="utf-8") as file:
-        code = subprocess.run(
-            [sys.executable, *job.command, flag, job.out], stdout=file, stderr=file,
-            env={"OMP_NUM_THREADS": "1"} | os.environ,
-        ).returncode
+        code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
     if code:
-        raise RuntimeError(f"{name} failed with exit code {code}; the end of {log}:\n"
-                           + log.read_text(encoding="utf-8", errors="replace")[-300:])
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+        raise UserError(f"{name} failed with exit code {code}; {log} ends with: {lines[-1]}")
     seconds = time.time() - started
     replace_file(finished, json.dumps([job.command, seconds]))
     return seconds
 
 
 def execute(wanted, at_a_time, folder):
-    """Run jobs and what they need: the seconds that all took. RuntimeError for the first that
-    fails, when those beside it have ended; UserError where another process does the same."""
-    jobs = in_order(wanted)
+    """Run jobs and what they wait for: the seconds that all took. UserError for the first that
+    fails, when those beside it have ended, and where another process does the same."""
     held = lock(folder)
     (folder / "logs").mkdir(exist_ok=True)
     futures = {}
 
     def in_turn(job):
-        for needed in job.after:  # it stands earlier in the queue, so that it has begun
-            futures[needed.out].result()
+        for earlier in job.after:  # they stand before it in the queue, so they have begun
+            futures[earlier.out].result()
         return run_job(job, folder)
 
     pool = ThreadPoolExecutor(at_a_time)
     try:
-        for job in jobs:
+        for job in in_order(wanted):
             futures[job.out] = pool.submit(in_turn, job)
         done = as_completed(futures.values())
-        bar = tqdm(done, total=len(jobs), desc=folder.name, unit="job", smoothing=0)
+        bar = tqdm(done, total=len(futures), desc=folder.name, unit="job", smoothing=0)
         return sum(future.result() for future in bar)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -7,19 +7,23 @@ Measurements of a model of the tiny world, for findings.py, which says what to m
         "families": {"long": {"lengths": [6]}}}'
 
 "n" asks for greedy answers and n at T = 1 to each of the first "problems" in "data". With
-"decoders" each of them answers: {name: [decoder, settings of EM-INF]}; with "families", too,
-they answer problems that are drawn for each family, within what `prepare.chain` is told, or
-those of "data" where it is told nothing. `of_run` and `examples` look at training runs.
+"decoders" each of them answers: {name: [decoder, settings of EM-INF]}. With "families", too, they
+answer problems that are drawn for each family, {family: arguments of `tiny.prepare.chain`}, or
+those of "data" if a family has no arguments. variance.py has the command for gradients. `of_run`
+and `examples` look at training runs.
 """
 import argparse
 import json
 import random
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from variance import of_gradients
+
 from em_inf import AdaptiveTemperature, EMInf, decode_and_grade
 from engine.arguments import Help
 from engine.files import replace_file
@@ -38,46 +42,52 @@ VERDICTS = {"likely helps": 1, "too close to call": 0, "harms": -1}
 
 
 def measure(spec):
-    """{part: {metric: value}}. A part is a family of problems, else a decoder's name or, where
-    answers are asked for, one of `of_answers`."""
-    data = spec.get("data", "tiny/test.jsonl")
-    problems = load_problems(data)[: spec.get("problems")]
+    """{part: {metric: value}}. A part is a family of problems or else a decoder's name, one of
+    `of_answers` or an estimator of a gradient."""
+    problems = load_problems(spec.get("data", "tiny/test.jsonl"))[: spec.get("problems")]
     model, tokenizer = load_model(spec["model"], "cpu")
-    head = output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
+    model = model, tokenizer, output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
     if "n" in spec:
         settings = dict(max_new_tokens=64, seed=spec["seed"], rows=512)
-        greedy = evaluate(model, tokenizer, head, problems, 0, **settings)
-        sampled = evaluate(model, tokenizer, head, problems, 1, n=spec["n"], **settings)
+        greedy = evaluate(*model, problems, 0, **settings)
+        sampled = evaluate(*model, problems, 1, n=spec["n"], **settings)
         return of_answers(greedy, sampled)
-
-    def of_decoders(problems):
-        numbers = {}
-        for name, (decoder, settings) in spec["decoders"].items():
-            sharpeners = {
-                "em-inf": EMInf(**{"steps": 10} | settings),
-                "adaptive-temperature": AdaptiveTemperature(),
-            }
-            samples = decode_and_grade(
-                model, tokenizer, head, problems, decoder, max_new_tokens=128,
-                seed=spec["seed"], rows=512, sharpeners=sharpeners,
-            )
-            numbers[name] = summary(samples)
-        return numbers
-
+    if "norm" in spec:
+        return of_gradients(*model, spec["norm"], spec["batches"])
+    if not spec.get("families"):
+        return of_decoders(decoded(model, problems, spec))
     parts = {}
-    for family, limits in spec.get("families", {}).items():
+    for family, limits in spec["families"].items():
         drawn = problems_of(limits, len(problems)) if limits else problems
         parts[family] = {}
-        for name, numbers in of_decoders(drawn).items():
-            parts[family][name] = numbers["accuracy"]
-            parts[family][f"ECE {name}"] = numbers["ece"]
-    if not spec.get("families"):
-        for name, numbers in of_decoders(problems).items():
-            parts[name] = {key: numbers[key] for key in ("accuracy", "entropy", "seconds")}
-            parts[name]["FLOPs"] = numbers["flops"] / 1e9
-            if "greedy" in parts:
-                share = parts[name]["FLOPs"] / parts["greedy"]["FLOPs"]
-                parts[name]["FLOPs (greedy = 1)"] = share
+        for name, numbers in decoded(model, drawn, spec).items():
+            parts[family] |= {name: numbers["accuracy"], f"ECE {name}": numbers["ece"]}
+    return parts
+
+
+def decoded(model, problems, spec):
+    """{name of a decoder: `summary` of its answers}; `model` with its tokenizer and head."""
+    numbers = {}
+    for name, (decoder, settings) in spec["decoders"].items():
+        sharpeners = {
+            "em-inf": EMInf(**{"steps": 10} | settings),
+            "adaptive-temperature": AdaptiveTemperature(),
+        }
+        samples = decode_and_grade(
+            *model, problems, decoder, 128, seed=spec["seed"], rows=512, sharpeners=sharpeners
+        )
+        numbers[name] = summary(samples)
+    return numbers
+
+
+def of_decoders(found):
+    """What the summaries of decoders say."""
+    parts = {}
+    for name, numbers in found.items():
+        parts[name] = {key: numbers[key] for key in ("accuracy", "entropy", "seconds")}
+        parts[name]["FLOPs"] = numbers["flops"] / 1e9
+        if "greedy" in found:
+            parts[name]["FLOPs (greedy = 1)"] = numbers["flops"] / found["greedy"]["flops"]
     return parts
 
 
@@ -107,9 +117,9 @@ def of_answers(greedy, sampled):
         "AUROC": found["rewards"]["token"]["auroc"],
         "pass@1": found["sampled"],
     }
-    for k, share in found["pass"].items():
-        answers[f"pass@{k}"] = share
+    answers |= {f"pass@{k}": share for k, share in found["pass"].items()}
     parts = {"answers": answers, "pass@4": {"pass@4": answers["pass@4"]}}
+    worked = [sample for sample in sampled if "=" in sample["response"]]  # they show their steps
     for reward, (key, sign) in CONFIDENCE.items():
         forecast = found["rewards"][reward]
         parts[reward] = {
@@ -119,13 +129,10 @@ def of_answers(greedy, sampled):
             "diagnosis": VERDICTS[forecast["verdict"]],
             "AUROC": forecast["auroc"],
         }
-        for k, share in forecast["surest"].items():
-            parts[reward][f"surest of {k}"] = share
+        parts[reward] |= {f"surest of {k}": share for k, share in forecast["surest"].items()}
         for name, right in ("worked right", True), ("worked wrong", False):
-            # a worked answer shows its steps
-            some = [x for x in sampled if "=" in x["response"] and x["correct"] == right]
-            mean = np.mean([x[key] for x in some]) if some else np.nan
-            parts[reward][name] = sign * mean
+            paid = [sign * sample[key] for sample in worked if sample["correct"] == right]
+            parts[reward][name] = np.mean(paid) if paid else np.nan
     return parts
 
 
@@ -133,7 +140,7 @@ def of_run(rows):
     """What the rows of a run's metrics.csv say."""
     measured = [row for row in rows if "val_greedy" in row]
     last = measured[-1]
-    peak = max(measured, key=greedy_of)  # the first of the best
+    peak = max(measured, key=itemgetter("val_greedy"))  # the first of the best
     high = [row["step"] for row in measured if row["val_greedy"] >= 0.95]
     stop = guard_stop(rows)
     until = [row["val_greedy"] for row in measured if row["step"] <= stop]
@@ -153,19 +160,15 @@ def of_run(rows):
     }
 
 
-def greedy_of(row):
-    return row["val_greedy"]
-
-
 def kl_of_response(row):
-    """Nats, of the policy before that step to the initial model."""
-    return row.get("kl", 0.0) * row.get("length", 0.0)
+    """Nats, of the policy before that step to the initial model; nan where it was not measured."""
+    return row.get("kl", np.nan) * row["length"] if row["step"] else 0.0
 
 
-def guard_stop(rows, factor=4.0):
+def guard_stop(rows):
     """The step after which the guard, as it is by default, would have ended a run; or nan."""
     for i, row in enumerate(rows):
-        if collapsed(rows[: i + 1], factor):
+        if collapsed(rows[: i + 1], 4.0):
             return row["step"]
     return np.nan
 

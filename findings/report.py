@@ -37,39 +37,49 @@ UNITS = {  # unit: how a table shows it, and the metrics that have it; all other
     "yes": ("", "sign right (greedy)|sign right (T = 1)"),
     "share": (".1%", ""),
 }
-# Each line is "experiment: settings; relation; another setting; metric; claim": the claim holds
-# for a setting, which may stand in it as {}, if the metric has that relation to the other's.
+# experiment; settings; relation; another setting; metric; claim. The claim holds for a setting if
+# the metric has that relation to the other setting's; {} in it stands for the setting.
 CLAIMS = """\
-training: EM-RL token|EM-RL sequence; not below; RLOO; greedy; {} comes close to RLOO or beats it
-training: EM-FT; above; base; greedy; EM-FT improves greedy decoding
-training: EM-FT; above; base; T = 1; EM-FT improves sampling at T = 1
-training: SFT; below; EM-FT; greedy; SFT gains less than EM-FT
-training: SC-RL; below; EM-RL token; greedy; SC-RL stays under EM-RL token
-training: control: random; not above; base; greedy; a random reward gains nothing
-training: control: length; not above; base; greedy; a reward for length gains nothing
-decoding: em-inf; above; sample; accuracy; EM-INF beats sampling at the same temperature
-decoding: em-inf; above; greedy; accuracy; EM-INF beats greedy decoding
-decoding: em-inf; above; adaptive-temperature; accuracy; EM-INF beats adaptive temperature
-decoding: em-inf; not below; self-consistency; accuracy; EM-INF is not below self-consistency
-decoding: refine; not above; greedy; accuracy; refinement does not beat greedy decoding
-kl: 0.5|1.5; below; 0.001; greedy; β = {} costs much of the gain
-kl: 0; level with; 0.001; greedy; no KL at all is as good as β = 0.001
-rollouts: 8|16; not above; 4; greedy; {} responses a prompt are no better than 4
-norm: token, mean; above; token, sum; greedy; the mean does better than the sum (token)
-norm: sequence, mean; above; sequence, sum; greedy; the mean does better than the sum (sequence)
-coef: 0.001; level with; 0; greedy; the released trainer's bonus changes little
-coef: exact; above; 0; T = 1; the token reward's own gradient (exact) improves sampling at T = 1
-descent: 5|10; not below; 15; accuracy; {} steps are enough (not below 15)
-descent: 1; below; 15; accuracy; fewer than 3 ({}) are not enough
-diversity: EM-RL token|EM-RL sequence; below; base; ECE; {} lowers the calibration error
-diversity: EM-FT|EM-RL token|EM-RL sequence; below; base; pass@16; {} costs pass@16
-labels: correct+token|correct+sequence; above; correct; greedy; {} ends above labels alone
-labels: correct+token|correct+sequence; above; correct; T = 1; {} beats labels alone at T = 1
-several: EM-FT|token|sequence; below; base; distinct right answers; {} finds fewer right answers
-several: token, β = 0.5; above; token; distinct right answers; a KL keeps more of them (token)
-several: EM-FT, β = 0.5; above; EM-FT; distinct right answers; a KL keeps more of them (EM-FT)
-several: token, c = 0.01; above; token; distinct right answers; a bonus for entropy keeps more
+training; EM-RL token|EM-RL sequence; not below; RLOO; greedy; {} comes close to RLOO or beats it
+training; EM-FT; above; base; greedy; EM-FT improves greedy decoding
+training; EM-FT; above; base; T = 1; EM-FT improves sampling at T = 1
+training; SFT; below; EM-FT; greedy; SFT gains less than EM-FT
+training; SC-RL; below; EM-RL token; greedy; SC-RL stays under EM-RL token
+training; control: random; not above; base; greedy; a random reward gains nothing
+training; control: length; not above; base; greedy; a reward for length gains nothing
+decoding; em-inf; above; sample; accuracy; EM-INF beats sampling at the same temperature
+decoding; em-inf; above; greedy; accuracy; EM-INF beats greedy decoding
+decoding; em-inf; above; adaptive-temperature; accuracy; EM-INF beats adaptive temperature
+decoding; em-inf; not below; self-consistency; accuracy; EM-INF is not below self-consistency
+decoding; refine; not above; greedy; accuracy; refinement does not beat greedy decoding
+kl; 0.5|1.5; below; 0.001; greedy; β = {} costs much of the gain
+kl; 0; level with; 0.001; greedy; no KL at all is as good as β = 0.001
+rollouts; 8|16; not above; 4; greedy; {} responses a prompt are no better than 4
+norm; token, mean; above; token, sum; greedy; the mean does better than the sum (token)
+norm; sequence, mean; above; sequence, sum; greedy; the mean does better than the sum (sequence)
+coef; 0.001; level with; 0; greedy; the released trainer's bonus changes little
+coef; exact; above; 0; T = 1; the token reward's own gradient (exact) improves sampling at T = 1
+descent; 5|10; not below; 15; accuracy; {} steps are enough (not below 15)
+descent; 1; below; 15; accuracy; fewer than 3 ({}) are not enough
+diversity; EM-RL token|EM-RL sequence; below; base; ECE; {} lowers the calibration error
+diversity; EM-FT|EM-RL token|EM-RL sequence; below; base; pass@16; {} costs pass@16
+labels; correct+token|correct+sequence; above; correct; greedy; {} ends above labels alone
+labels; correct+token|correct+sequence; above; correct; T = 1; {} beats labels alone at T = 1
+several; EM-FT|token|sequence; below; base; distinct right answers; {} finds fewer right answers
+several; token, β = 0.5; above; token; distinct right answers; a KL keeps more of them (token)
+several; EM-FT, β = 0.5; above; EM-FT; distinct right answers; a KL keeps more of them (EM-FT)
+several; token, c = 0.01; above; token; distinct right answers; a bonus for entropy keeps more
 """
+GAIN_CLAIMS = {  # experiment: {base model: (relation of the gain to 0, claim on each method)}
+    "fails": {
+        "100": ("above", "helps where confident answers are right"),
+        "0": ("not above", "does not help where they are wrong"),
+    },
+    "capability": {
+        "500": ("not above", "does not help the weakest"),
+        "8000": ("above", "helps the strongest"),
+    },
+}
 
 
 def unit_of(metric):
@@ -118,110 +128,102 @@ def compared(a, b):
     return "above" if difference > 0 else "below"
 
 
+def holds(a, relation, b):
+    """Has a this relation to b? One of those of `compared`, or "not" and one of them."""
+    here = compared(a, b)
+    return here != relation[4:] if relation.startswith("not ") else here == relation
+
+
 def list_of_claims(found, experiment):
     """A list: which claims hold here, and which don't?"""
     lines = []
-    for claim, holds in claims_of(found, experiment):
-        lines.append(f"- {'holds here' if holds else 'does not hold here'}: {claim}")
+    for claim, true in claims_of(found, experiment):
+        lines.append(f"- {'holds here' if true else 'does not hold here'}: {claim}")
     return "\n".join(lines)
 
 
 def claims_of(found, experiment):
-    """Pairs of claim and bool, of CLAIMS and of MORE_CLAIMS."""
+    """Pairs of claim and bool."""
     for line in CLAIMS.splitlines():
-        name, _, rest = line.partition(": ")
-        if name != experiment:
-            continue
-        settings, relation, other, metric, claim = rest.split("; ")
-        for setting in settings.split("|"):
-            here = compared(found[experiment, setting, metric], found[experiment, other, metric])
-            holds = here != relation[4:] if relation.startswith("not ") else here == relation
-            yield claim.format(setting), holds
+        name, settings, relation, other, metric, claim = line.split("; ")
+        if name == experiment:
+            b = found[experiment, other, metric]
+            for setting in settings.split("|"):
+                a = found[experiment, setting, metric]
+                yield claim.format(setting), holds(a, relation, b)
+    if experiment in GAIN_CLAIMS:
+        yield from gain_claims(found, experiment)
     if experiment in MORE_CLAIMS:
         yield from MORE_CLAIMS[experiment](found)
 
 
+def gain_claims(found, experiment):
+    """What training gained from the base models in GAIN_CLAIMS, and whether all gains were
+    forecast."""
+    signs = []
+    for setting in settings_of(found, experiment, "gain greedy"):
+        base, method = setting.split(", ")
+        relation, claim = GAIN_CLAIMS[experiment].get(base, (None, None))
+        for key in "greedy", "T = 1":
+            signs.extend(found[experiment, setting, f"sign right ({key})"])
+            if claim:
+                gain = found[experiment, setting, f"gain {key}"]
+                yield f"{method} {claim} ({key})", holds(gain, relation, [0])
+    right, there = np.nansum(signs), np.sum(~np.isnan(signs))
+    yield (f"one can tell before training (the forecast has the sign of {right:.0f} of the "
+           f"{there} gains that have one)", right == there > 0)
+
+
 def zoo_claims(found):
-    falls, drops, seen = {}, 0, 0
+    """Which rewards fall after their peak, and does the guard or the base model tell of it?"""
+    falls, drops = {}, []
     for run in settings_of(found, "zoo", "peak greedy"):
         end, peak = found["zoo", run, "greedy"], found["zoo", run, "peak greedy"]
-        falls[run] = compared(end, peak) == "below"
-        for drop, stop in zip(np.subtract(peak, end), found["zoo", run, "guard stops at step"]):
-            drops += drop >= 0.05
-            seen += drop >= 0.05 and not np.isnan(stop)
-    for speed, those in [
-        ("at the default rate", [run for run in falls if not run.endswith("fast")]),
-        ("at ten times that rate", [run for run in falls if run.endswith("fast")]),
-    ]:
-        count = sum(falls[run] for run in those)
-        yield f"rewards fall after their peak {speed} ({count} of {len(those)})", count > 0
-    yield (f"the guard stops those that lose 5 points or more ({seen} of {drops})",
-           seen == drops > 0)
-    if ("surest", "token", "surest of 1") not in found:
-        return
+        falls[run] = holds(end, "below", peak)
+        drops.extend(np.subtract(peak, end))
+    for speed, fast in ("the default rate", False), ("ten times that rate", True):
+        those = [falls[run] for run in falls if run.endswith("fast") == fast]
+        count = f"({sum(those)} of {len(those)})"
+        yield f"rewards fall after their peak at {speed} {count}", any(those)
+    stops = [found["zoo", run, "guard stops at step"] for run in falls]
+    seen = ~np.isnan(np.concatenate(stops))[np.array(drops) >= 0.05]
+    yield (f"the guard stops those that lose 5 points or more ({sum(seen)} of {len(seen)})",
+           len(seen) > 0 and all(seen))
     for reward in "token", "sequence":
         surest = [found["surest", reward, f"surest of {k}"] for k in KS]
-        foretold = compared(surest[-1], max(surest, key=np.mean)) == "below"
+        foretold = holds(surest[-1], "below", max(surest, key=np.mean))
         yield (f"the base model's surest of k foretell {'a' if foretold else 'no'} fall "
                f"({reward}, fast)", foretold == falls[f"{reward}, fast"])
 
 
-def forecast_claim(found, experiment):
-    signs = []
-    for metric in "sign right (greedy)", "sign right (T = 1)":
-        for setting in settings_of(found, experiment, metric):
-            signs.extend(found[experiment, setting, metric])
-    right, there = np.nansum(signs), np.sum(~np.isnan(signs))
-    return (f"one can tell before training (the forecast has the sign of {right:.0f} of the "
-            f"{there} gains that have one)", right == there > 0)
-
-
-def fails_claims(found):
-    for setting in settings_of(found, "fails", "gain greedy"):
-        share, reward = setting.split(", ")
-        for key in "greedy", "T = 1":
-            gain = compared(found["fails", setting, f"gain {key}"], [0])
-            if share == "100":
-                yield f"{reward} helps where confident answers are right ({key})", gain == "above"
-            if share == "0":
-                yield f"{reward} does not help where they are wrong ({key})", gain != "above"
-    yield forecast_claim(found, "fails")
-
-
-def capability_claims(found):
-    for setting in settings_of(found, "capability", "gain greedy"):
-        steps, method = setting.split(", ")
-        for key in "greedy", "T = 1":
-            gain = found["capability", setting, f"gain {key}"]
-            if steps == "500":
-                yield f"{method} does not help the weakest ({key})", compared(gain, [0]) != "above"
-            if steps == "8000":
-                yield f"{method} helps the strongest ({key})", compared(gain, [0]) == "above"
-    yield forecast_claim(found, "capability")
+def in_all(found, experiment, settings, a, relation, b):
+    """Has metric a this relation to metric b in all of these settings of an experiment?"""
+    for setting in settings:
+        if not holds(found[experiment, setting, a], relation, found[experiment, setting, b]):
+            return False
+    return True
 
 
 def shift_claims(found):
-    for decoder in "em-inf", "adaptive-temperature":
-        for name, lengths in ("trained on", range(3, 7)), ("never seen", range(7, 11)):
-            better, calibrated = [], []
-            for length in lengths:
-                row = {key[2]: found[key] for key in found if key[:2] == ("shift", str(length))}
-                better.append(compared(row[decoder], row["sample"]) == "above")
-                calibrated.append(compared(row[f"ECE {decoder}"], row["ECE sample"]) == "below")
-            yield f"{decoder} beats sampling at all lengths {name}", all(better)
-            yield f"{decoder} lowers the calibration error at those {name}", all(calibrated)
+    for name in "em-inf", "adaptive-temperature":
+        for which, lengths in ("trained on", "3 4 5 6"), ("never seen", "7 8 9 10"):
+            where = found, "shift", lengths.split()
+            better = in_all(*where, name, "above", "sample")
+            yield f"{name} beats sampling at all lengths {which}", better
+            calibrated = in_all(*where, f"ECE {name}", "below", "ECE sample")
+            yield f"{name} lowers the calibration error at those {which}", calibrated
 
 
 def threshold_claims(found):
-    families = settings_of(found, "threshold", "none")
+    right = "short", "long", "sums", "products"
     for delta in DELTAS:
-        against = {}
-        for family in families:
-            row = found["threshold", family, delta], found["threshold", family, "none"]
-            against[family] = compared(*row)
-        wrong = against.pop("misaligned")
-        yield f"{delta} helps where confident answers are right", set(against.values()) == {"above"}
-        yield f"{delta} does no harm where confident answers are wrong", wrong != "below"
+        helps = in_all(found, "threshold", right, delta, "above", "none")
+        yield f"{delta} helps where confident answers are right", helps
+        harmless = in_all(found, "threshold", ["misaligned"], delta, "not below", "none")
+        yield f"{delta} does no harm where confident answers are wrong", harmless
+
+
+MORE_CLAIMS = {"zoo": zoo_claims, "shift": shift_claims, "threshold": threshold_claims}
 
 
 def sign_of_gains(found):
@@ -238,14 +240,6 @@ def sign_of_gains(found):
                 signs[experiment, setting, f"sign right ({key})"] = [sign]
     return signs
 
-
-MORE_CLAIMS = {
-    "zoo": zoo_claims,
-    "fails": fails_claims,
-    "capability": capability_claims,
-    "shift": shift_claims,
-    "threshold": threshold_claims,
-}
 
 # --------------------------------------------------------------------------- Markdown
 
@@ -291,10 +285,9 @@ def table(found, experiment, heading, metrics):
 
 
 def fill(text, found, texts=None):
-    """A Markdown text with the numbers of `found` in it, and `texts` {name: paragraph} below
-    their own comments. What was not measured stays as it is."""
+    """A Markdown text with the numbers of `found` in it, and `texts` {comment: paragraph} below
+    their own comments. What is not in `found` stays as it is."""
     texts = texts or {}
-    measured = {key[0] for key in found}
 
     def block(match):
         mark, old, end = match.groups()
@@ -302,9 +295,9 @@ def fill(text, found, texts=None):
         experiment, *columns = rest.split("; ")
         if mark in texts:
             old = texts[mark]
-        elif kind == "table" and experiment in measured:
+        elif kind == "table":
             old = table(found, experiment, columns[0], columns[1].split(", "))
-        elif kind == "claims" and experiment in measured:
+        elif kind == "claims":
             old = list_of_claims(found, experiment)
         return f"<!-- {mark} -->\n\n{old}{end}"
 

@@ -14,7 +14,6 @@ others, a list of ids: see tasks/steps.py.
 import base64
 import functools
 import json
-import os
 import pickletools
 import re
 import sys
@@ -390,15 +389,15 @@ def load_problems(name_or_path):
     """
     name = str(name_or_path)
     size, make = None, as_it_is
-    if os.path.isfile(name):  # of any length, where Path's would raise
+    if Path(name).is_file():
         rows = read_file(name)
     elif name in HUB:
         rows = read_hub(name)
         size, make = HUB[name][3:]
     elif name == "indval":
         raise UserError(INDVAL)
-    elif os.path.exists(name) or name.endswith((".jsonl", ".json")):
-        reason = "is a directory" if os.path.isdir(name) else "no such file"
+    elif Path(name).exists() or name.endswith((".jsonl", ".json")):
+        reason = "is a directory" if Path(name).is_dir() else "no such file"
         raise UserError(
             f"{name}: {reason}; give a JSONL file, one of {NAMES}, or a data set's id on the Hub"
         )
