@@ -191,7 +191,7 @@ def main(argv=None):
         if collapse:
             print(f"step {step} | the guard stops the run: {collapse} (--guard 0 goes on)")
             break
-    report.summarize(folder, history, args.keep_best)
+    report.summarize(folder, history, len(val))
 
 
 if __name__ == "__main__":

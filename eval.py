@@ -25,7 +25,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -43,7 +42,15 @@ from engine.arguments import (
     template_settings,
 )
 from engine.check import check_model
-from engine.files import append_jsonl, lock, make_folder, read_config, read_jsonl, replace_file
+from engine.files import (
+    append_jsonl,
+    lines_of,
+    lock,
+    make_folder,
+    read_config,
+    read_samples,
+    replace_file,
+)
 from engine.inputs import absolute, digest_of, digest_of_model, refuse_changes
 from engine.load import load_model, set_up
 from engine.sampler import generate
@@ -56,10 +63,6 @@ from tasks.steps import as_asked, ask_in_rounds, pieces
 
 HERE, NAME = Path(__file__).parent, Path(__file__).name
 DECODERS = {0: "greedy", 1: "sample"}  # by temperature
-LINE = {  # the fields of a line of samples.jsonl that are read, by type
-    str: "data decoder response", str | int: "id", int: "job place seed length",
-    bool: "correct answered truncated", int | float: "entropy logprob flops seconds",
-}
 NOT_SAVED = "resume regrade compare out device shard".split()
 
 # --------------------------------------------------------------------------- the evaluation
@@ -159,32 +162,6 @@ def evaluate_held_out(step, model, tokenizer, head, problems, args, folder):
     return report.held_out(step, problems, greedy, sampled, folder)
 
 
-def lines_of(folder):
-    """The samples that an evaluation has written, those of a shard in a file of its own."""
-    rows = []
-    for path in sorted(Path(folder).glob("samples*.jsonl")):
-        if re.fullmatch(r"samples(-\d+)?\.jsonl", path.name):  # no copy of one
-            rows += read_jsonl(path, LINE)
-    return rows
-
-
-def read_samples(folder):
-    """{"DATA DECODER": samples} of an evaluation's folder, those of all shards in the order in
-    which one process would have drawn them. A sample's later line counts."""
-    samples = {}
-    for sample in sorted(lines_of(folder), key=lambda sample: (sample["job"], sample["place"])):
-        samples[sample["data"], sample["decoder"], sample["seed"], sample["place"]] = sample
-    if not samples:
-        raise UserError(f"{folder}: no samples.jsonl with samples of an evaluation in it")
-    stems = {data: Path(data).stem for data, *_ in samples}
-    results = {}
-    for (data, decoder, *_), sample in samples.items():
-        shared = list(stems.values()).count(stems[data]) > 1
-        name = data if shared else stems[data]
-        results.setdefault(f"{name} {decoder}", []).append(sample)
-    return results
-
-
 def regrade(folder, allow_code):
     """Grade the samples of a folder again: {"DATA DECODER": samples}. Needs no model."""
     results = read_samples(folder)
@@ -235,7 +212,7 @@ def jobs_of(problems, args):
 
 def folder_in_use(args):
     """The folder of an evaluation that goes on, perhaps one that another shard has begun."""
-    if args.shard and args.out and Path(args.out, "config.json").exists():
+    if args.shard and args.out and os.path.exists(Path(args.out, "config.json")):
         return args.out
     return args.resume
 
@@ -251,7 +228,7 @@ def open_folder(args, problems):
     if begun:
         refuse_changes(begun, read_config(begun, NAME), settings)
         return Path(begun)
-    if args.out and Path(args.out, "config.json").exists():
+    if args.out and os.path.exists(Path(args.out, "config.json")):
         raise UserError(f"{args.out} is in use: --resume {args.out}, or another --out")
     folder = make_folder(args.out, "runs/eval")
     replace_file(folder / "config.json", json.dumps(settings, indent=1) + "\n")
@@ -307,6 +284,9 @@ def main(argv=None):
     if begun:
         before, args = run.saved_settings(begun, NAME, parser, argv, NOT_SAVED)
     if args.diagnose:
+        if args.decode != parser.get_default("decode").split(","):
+            raise UserError(f"--decode {','.join(args.decode)}: --diagnose compares greedy and "
+                            "sample; leave one of the two flags out")
         args.decode, args.seeds = ["greedy", "sample"], 1
         args.limit = args.limit or 512
         args.n = args.n if args.n > 1 else 8

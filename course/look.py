@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from em_inf import LEVELS, TINY, EMInf
 from engine.arguments import Help, positive, positive_int, whole_number
+from engine.check import check_model
 from engine.files import read_config, refuse_to_replace
 from engine.load import load_model, set_up
 from engine.run import checkpoint_of, command, read_rows
@@ -64,6 +65,7 @@ def column(path, model, tokenizer, sharpen, problem, data, args):
 
     # sampled alone, so that a seed means the same random numbers in all columns
     prompt, stop = encode_problem(tokenizer, problem), stop_ids(model, tokenizer)
+    check_model(model, [prompt], args.max_new_tokens)
     head, length = output_head(model, prompt), args.max_new_tokens
     torch.manual_seed(args.seed)
     rollout = generate(model, [prompt], stop, length, args.temperature, sharpen=record)

@@ -21,7 +21,11 @@ def check_model(model, prompts, max_new_tokens, training=False):
 
 
 def check_tokens(model, prompts):
-    """A tokenizer may have tokens for which the model has no embedding."""
+    """A tokenizer may have tokens for which the model has no embedding, or none at all: of a
+    folder without its files transformers makes an empty one."""
+    if not all(prompts):
+        raise UserError(f"model {model.name_or_path}: a prompt has no tokens; are the tokenizer's "
+                        "files in the model's folder?")
     known = len(model.get_input_embeddings().weight)
     highest = max(max(prompt) for prompt in prompts)
     if highest >= known:

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import filelock
 from tasks.errors import UserError
 
 LOCKS = []  # those that this process holds
+
+LINE = {  # the fields of a line of an evaluation's samples.jsonl that are read, by type
+    str: "data decoder response", str | int: "id", int: "job place seed length",
+    bool: "correct answered truncated", int | float: "entropy logprob flops seconds",
+}
 
 
 def lock(folder, name="lock"):
@@ -142,9 +148,37 @@ def read_config(folder, script=None):
         writer = config["script"]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, so there is no run to go on with") from None
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); give a run's folder") from None
     except (ValueError, TypeError, KeyError) as error:
         kind = type(error).__name__
         raise UserError(f"{path}: damaged ({kind}); start again with another --out") from None
     if script not in (None, writer):
         raise UserError(f"{folder}: a run of {writer}, not of {script}")
     return config
+
+
+def lines_of(folder):
+    """The samples that an evaluation has written, those of a shard in a file of its own."""
+    rows = []
+    for path in sorted(Path(folder).glob("samples*.jsonl")):
+        if re.fullmatch(r"samples(-\d+)?\.jsonl", path.name):  # no copy of one
+            rows += read_jsonl(path, LINE)
+    return rows
+
+
+def read_samples(folder):
+    """{"DATA DECODER": samples} of an evaluation's folder, those of all shards in the order in
+    which one process would have drawn them. A sample's later line counts."""
+    samples = {}
+    for sample in sorted(lines_of(folder), key=lambda sample: (sample["job"], sample["place"])):
+        samples[sample["data"], sample["decoder"], sample["seed"], sample["place"]] = sample
+    if not samples:
+        raise UserError(f"{folder}: no samples.jsonl with samples of an evaluation in it")
+    stems = {data: Path(data).stem for data, *_ in samples}
+    results = {}
+    for (data, decoder, *_), sample in samples.items():
+        shared = list(stems.values()).count(stems[data]) > 1
+        name = data if shared else stems[data]
+        results.setdefault(f"{name} {decoder}", []).append(sample)
+    return results

@@ -2,6 +2,7 @@
 The end of a run, for people: a table, three problems before and after, and a figure.
 """
 import json
+import math
 from pathlib import Path
 
 from engine.files import append_jsonl, read_config, read_jsonl, replace_file
@@ -10,14 +11,16 @@ from tasks.scores import summary
 SAMPLE = {int: "step", str: "set prompt response"}  # the fields of a line of samples.jsonl
 
 
-def summarize(folder, rows, keep_best):
-    """Print base, peak and final held-out accuracy, what follows from them, and three problems;
-    write result.json."""
+def summarize(folder, rows, size):
+    """Print base, peak and final accuracy on `size` held-out problems, what follows from them, and
+    three problems; write result.json."""
+    settings = read_config(folder)
     measured = [row for row in rows if "val_greedy" in row]
     result, peak = {}, None
     if measured:
         peak = max(measured, key=lambda row: (row["val_greedy"], row["step"]))
-        which = {"base": measured[0], "peak": peak, "final": measured[-1]}
+        first = "first" if measured[0]["step"] else "base"  # --val may have come later
+        which = {first: measured[0], "peak": peak, "final": measured[-1]}
         print("\n| held out | step | greedy | T = 1 |\n|---|---|---|---|")
         for name, row in which.items():
             result[name] = {key: row[key] for key in ("step", "val_greedy", "val_sampled")}
@@ -27,27 +30,32 @@ def summarize(folder, rows, keep_best):
     if measured:
         print("\nNo label picked the final model: it is the last one. The peak is known only "
               "through labels.")
-        for line in losses(**which, settings=read_config(folder)):
+        for line in losses(measured[0], peak, measured[-1], size, settings):
             print(line)
         show_samples(folder, measured[-1]["step"])
     else:
         print("\nNobody has looked whether the model got better or worse: there were no held-out "
               "problems. Give some by --val, or compare it with the base model by eval.py.")
     print(f"\nmodel: {folder / 'checkpoint'}, figure: {folder / 'plot.png'}")
-    if keep_best:
+    if settings["keep_best"]:
         print(f"best on the held-out set, as labels say: {kept(folder / 'best', peak)}")
 
 
-def losses(base, peak, final, settings):
-    """What to say of a run that ends below the base model or more than 5 points below its peak:
-    a list of lines. (The 95 % interval of 512 problems reaches 4 points to either side.)"""
+def losses(first, peak, final, size, settings):
+    """What to say of a run that ends below its beginning, or below its peak by more than chance: a
+    list of lines. Chance is the 95 % interval of a difference of two shares of `size` problems."""
     lines = []
-    start, top, end = base["val_greedy"], peak["val_greedy"], final["val_greedy"]
+    start, top, end = first["val_greedy"], peak["val_greedy"], final["val_greedy"]
+
+    def chance(a, b):
+        return 1.96 * math.sqrt((a * (1 - a) + b * (1 - b)) / size)
+
     if end < start:
-        chance = ", which may be chance" if start - end <= 0.05 else ""
-        lines.append(f"The final model is WORSE than the base model: {end:.1%} of the held-out "
-                     f"problems right, greedy, and {start:.1%} before{chance}.")
-    if top - end > 0.05 and top > start:
+        before = f"that of step {first['step']}" if first["step"] else "the base model"
+        doubt = ", which may be chance" if start - end <= chance(start, end) else ""
+        lines.append(f"The final model is WORSE than {before}: {end:.1%} of the held-out problems "
+                     f"right, greedy, and {start:.1%} before{doubt}.")
+    if top > start and top - end > chance(top, end):
         lines.append(f"The final model is well below the peak: {end:.1%} right, and {top:.1%} at "
                      f"step {peak['step']}.")
     if lines:

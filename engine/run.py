@@ -290,7 +290,7 @@ def inputs_of(saved, folder):
 
 CHOOSES = {  # the settings that choose an input: given anew, they may choose another one
     "model": [],
-    "data": ["data", "data_size", "max_prompt_tokens", "seed", "reward", "loss"],
+    "data": ["data", "data_size", "max_prompt_tokens", "template", "seed", "reward", "loss"],
     "val": ["val", "val_size"],
 }
 
@@ -371,7 +371,7 @@ NOT_SAVED = ("resume", "out")
 
 def refuse_to_overwrite(folder, script):
     """UserError where the folder holds a run, with what can be done instead."""
-    if not (folder / "config.json").exists():
+    if not os.path.exists(folder / "config.json"):
         return
     lock(folder)  # no advice about a run that is still going on
     way_out = f"go on with it by --resume {folder}, or give another --out"

@@ -302,7 +302,7 @@ def main(argv=None):
     if stopped and rank == 0:
         sys.exit(f"{NAME}: stopped after step {step}; to go on: --resume {folder}")
     if rank == 0:
-        report.summarize(folder, history, args.keep_best)
+        report.summarize(folder, history, len(val))
 
 
 if __name__ == "__main__":

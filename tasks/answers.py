@@ -45,6 +45,7 @@ THOUGHTS = [  # (opening, closing): the marks of a model's thoughts
     (r"<(?:\w+:)?think(?:ing)?>", r"</(?:\w+:)?think(?:ing)?>"),  # most models
     ("<thought>", "</thought>"),  # EXAONE
     (r"\[THINK\]", r"\[/THINK\]"),  # Mistral
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Cohere
     ("◁think▷", "◁/think▷"),  # Kimi
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # OpenThinker
     (r"<\|channel>thought", r"<channel\|>"),  # Gemma

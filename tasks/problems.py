@@ -14,6 +14,7 @@ others, a list of ids: see tasks/steps.py.
 import base64
 import functools
 import json
+import os
 import pickletools
 import re
 import sys
@@ -389,15 +390,15 @@ def load_problems(name_or_path):
     """
     name = str(name_or_path)
     size, make = None, as_it_is
-    if Path(name).is_file():
+    if os.path.isfile(name):  # of any length, where Path's would raise
         rows = read_file(name)
     elif name in HUB:
         rows = read_hub(name)
         size, make = HUB[name][3:]
     elif name == "indval":
         raise UserError(INDVAL)
-    elif Path(name).exists() or name.endswith((".jsonl", ".json")):
-        reason = "is a directory" if Path(name).is_dir() else "no such file"
+    elif os.path.exists(name) or name.endswith((".jsonl", ".json")):
+        reason = "is a directory" if os.path.isdir(name) else "no such file"
         raise UserError(
             f"{name}: {reason}; give a JSONL file, one of {NAMES}, or a data set's id on the Hub"
         )

@@ -11,6 +11,7 @@ from tasks.errors import UserError, one_line
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."  # the paper's
 CODE = "Please reason step by step, and put your final program into one ```python block."
 REFINE = "Check this answer step by step, and give a corrected and complete one in the same form."
+PYTHON = {"true": "True", "false": "False", "null": "None", "none": "None"}
 SET = "{# set by --template #}"  # what stands before it in a chat template are our settings
 
 
@@ -78,10 +79,10 @@ def set_template(tokenizer, settings):
     for setting in settings:
         key, _, value = setting.partition("=")
         if not re.search(rf"\b{key}\b", own):
-            asked = sorted(set(re.findall(r"(\w+) is (?:not )?defined", own)))
+            asked = sorted(set(re.findall(r"(?<![\w.])(\w+) is (?:not )?defined", own)))
             raise UserError(f"--template {setting}: the chat template of {tokenizer.name_or_path} "
                             f"asks for no such setting, but for {', '.join(asked) or 'none'}")
-        value = {"true": "True", "false": "False", "null": "None"}.get(value.lower(), value)
+        value = PYTHON.get(value.lower(), value)
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # a word, as in reasoning_effort=high
@@ -93,11 +94,18 @@ def set_template(tokenizer, settings):
 
 def stop_ids(model, tokenizer):
     """Ids of the tokens that end a response: the chat template's, the tokenizer's and the
-    checkpoint's, in that order. The first is what a written response should end with."""
+    checkpoint's, in that order. The first is what a written response should end with.
+
+    Raises UserError for a checkpoint's that is no number.
+    """
     ids = model.generation_config.eos_token_id
     ids = [tokenizer.eos_token_id] + (ids if isinstance(ids, list) else [ids])
     if tokenizer.chat_template:  # a turn need not end with <|endoftext|>
         ids = [end_of_turn(tokenizer)] + ids
+    for i in ids:
+        if not isinstance(i, int | None):
+            raise UserError(f"model {model.name_or_path}: eos_token_id {i!r} in its "
+                            "generation_config.json is not a token's number")
     return [i for i in dict.fromkeys(ids) if i is not None]
 
 

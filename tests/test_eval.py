@@ -4,16 +4,16 @@ import fcntl
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import em_inf
 import eval as ev
-from engine.files import fresh_folder
+from engine.files import fresh_folder, read_samples
 from engine.sampler import generate
 from entropy import output_head
-from eval import read_samples
 from tasks.answers import votes
 from tasks.problems import load_problems
 from tests.models import ROOT, TINY
@@ -152,6 +152,7 @@ EVAL = """--limit 0
 --resume whole: another process
 --resume whole --limit 5: limit 9 5
 --shard 2/2 --out new: 2/2
+--diagnose --decode sample: --decode sample --diagnose
 --shard 0/2: --out
 --resume whole --n 3: n 2 3
 --resume whole --model other: model other
@@ -182,6 +183,112 @@ def test_bad_input_is_one_line_and_leaves_nothing(line, room, monkeypatch, capsy
     assert "\n" not in said
     assert all(word in said for word in (words or line).split())
     assert before == [*room.rglob("*")]
+
+
+def refused(argv, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        ev.main([str(argument) for argument in argv])
+    said = error.value.code
+    if said == 2:  # argparse wrote it
+        said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "\n" not in said and all(word in said for word in words.split()), said
+
+
+@pytest.fixture
+def copy(room, tmp_path):
+    """A copy of the finished evaluation, which nobody uses."""
+    return shutil.copytree(room / "whole", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("edit, words", [
+    ({"n": 0}, "config.json --n 0"),
+    ({"decode": 5}, "--decode 5"),
+    ({"max_new_tokens": None}, "config.json max_new_tokens null"),
+    ({"max_new_tokens": ...}, "config.json max_new_tokens missing"),
+    ({"batch": 5}, "config.json batch not a setting"),
+    ({"model": None}, "config.json model null"),
+    ({"diagnose": True}, "seeds 2 1"),  # which it asks for
+    ({"inputs": ...}, "inputs"),
+    ({"inputs": "x"}, "inputs"),
+])
+def test_saved_settings_are_checked_as_flags_are(edit, words, copy, capsys):
+    config = json.loads((copy / "config.json").read_text()) | edit
+    config = {key: config[key] for key in config if config[key] is not ...}
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(["--resume", copy], words, capsys)
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("place", "first", "line 3 place first"),
+    ("job", True, "line 3 job true"),
+    ("entropy", "high", "line 3 entropy high"),
+    ("length", None, "line 3 length null"),
+    ("response", None, "line 3 response null"),
+    ("correct", ..., "line 3 correct missing"),
+    ("id", ["a"], "line 3 id"),
+])
+def test_a_line_that_is_not_eval_pys_own_is_named(field, value, words, copy, capsys):
+    path = copy / "samples.jsonl"
+    lines = path.read_text().splitlines()
+    sample = json.loads(lines[2]) | {field: value}
+    lines[2] = json.dumps({key: sample[key] for key in sample if sample[key] is not ...})
+    path.write_text("\n".join(lines))
+    for argv in ["--resume", copy], ["--regrade", copy], ["--compare", copy, copy]:
+        refused(argv, f"samples.jsonl {words}", capsys)
+
+
+def test_a_file_beside_the_samples_is_no_part_of_them(copy, room):
+    """Guards against a copy, which would be mixed in, and a traceback where it is not JSON."""
+    (copy / "samples-x.jsonl").write_text('{"place": 5}\n')
+    text = (copy / "samples.jsonl").read_text()
+    (copy / "samples copy.jsonl").write_text(text.replace('"correct": true', '"correct": false'))
+    assert found(copy) == found(room / "whole")
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "samples-0.jsonl", "results.json", "notes.txt"])
+def test_no_evaluation_writes_into_a_folder_that_has_files(name, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text('{"prompt": "1+1", "answer": "2"}\n')
+    before = (tmp_path / "mine" / name).read_bytes()
+    refused(SETTINGS + [tmp_path / "mine"], f"mine {name}", capsys)
+    refused(SETTINGS + [tmp_path / "mine" / name], "no folder", capsys)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [name]
+    assert (tmp_path / "mine" / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["model", "data", "less data"])
+def test_an_evaluation_goes_on_only_with_what_it_began_with(what, tmp_path, monkeypatch, capsys):
+    """Guards against samples of two models in one table, and "-6 of 24 samples are to come"."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, "model")
+    lines = DATA.read_text().splitlines(keepends=True)
+    Path("data.jsonl").write_text("".join(lines[:8]))
+    ev.main("--model model --data data.jsonl --seeds 1 --device cpu --out run".split())
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    ev.main("--resume ../run".split())  # its places are absolute
+    monkeypatch.chdir(tmp_path)
+    if what == "model":
+        path = Path("model/model.safetensors")
+        path.write_bytes(path.read_bytes()[:-4000] + bytes(4000))
+        refused(["--resume", "run"], f"run {tmp_path}/model sha256 new folder", capsys)
+    else:
+        Path("data.jsonl").write_text("".join(lines[8:16] if what == "data" else lines[:6]))
+        refused(["--resume", "run"], f"run {tmp_path}/data.jsonl 8 problems new folder", capsys)
+
+
+def test_shards_may_begin_at_the_same_time(tmp_path, monkeypatch):
+    """Guards against a second shard that found no config.json at first, and then one."""
+    shared, load = SETTINGS + [str(tmp_path / "new"), "--shard"], ev.load_model
+
+    def slow(*args):
+        monkeypatch.setattr(ev, "load_model", load)
+        ev.main(shared + ["0/2"])
+        return load(*args)
+
+    monkeypatch.setattr(ev, "load_model", slow)
+    ev.main(shared + ["1/2"])
+    assert (tmp_path / "new/results.json").exists()
 
 
 def test_two_evaluations_of_one_second_have_folders_of_their_own(tmp_path):

@@ -124,8 +124,11 @@ def test_a_class_of_model_that_is_not_supported_is_one_line_that_names_it(kind, 
 
 
 def test_a_token_without_an_embedding_is_one_line():
+    """Guards against an IndexError, and against the empty tokenizer of a folder without one."""
     with pytest.raises(UserError, match="token 280 is in a prompt.*only 280 embeddings"):
         check_tokens(random_model("qwen2"), [[1, 2], [3, 280]])
+    with pytest.raises(UserError, match="no tokens.*tokenizer's files"):
+        check_tokens(random_model("qwen2"), [[1, 2], []])
 
 
 LONGER = dict(max_position_embeddings=64, original_max_position_embeddings=32)

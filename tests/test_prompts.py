@@ -5,7 +5,7 @@ from transformers import AddedToken
 from engine.load import load_model
 from tasks.errors import UserError
 from tasks.prompts import SYSTEM, encode_prompt, response_texts, set_template, stop_ids
-from tests.models import TINY
+from tests.models import TINY, random_model
 
 TURNS = "{% for m in messages %}[{{m.role}}]{{m.content}}<|end|>{% endfor %}"
 NO_SYSTEM = "{{ raise_exception('WORDS') if messages[0].role == 'system' }}"
@@ -59,6 +59,13 @@ def test_a_prompt_is_in_its_template_and_a_turn_ends_with_its_token(
     tokenizer.chat_template = template
     assert tokenizer.decode(encode_prompt(tokenizer, "Q?")) == text
     assert stop_ids(tiny[0], tokenizer) == stop
+
+
+def test_an_eos_that_is_no_number_is_one_line(tiny):
+    model = random_model("qwen2")
+    model.generation_config.eos_token_id = ["<|end|>"]
+    with pytest.raises(UserError, match="'<.end.>' in its generation_config.json"):
+        stop_ids(model, tiny[1])
 
 
 def test_a_plain_prompt_does_not_end_with_eos(tokenizer, monkeypatch):

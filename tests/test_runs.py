@@ -25,9 +25,10 @@ from transformers import AutoTokenizer
 import em_ft
 import em_inf
 import em_rl
-import eval
+import eval as evaluation
 from engine import report, run
 from engine.guard import collapsed
+from engine.inputs import digest_of_model
 from engine.load import load_model
 from engine.optimizer import MasterAdamW
 from tests.models import ROOT, TINY, random_model
@@ -83,11 +84,11 @@ def everything():
     return {path: path.is_file() and path.read_bytes() for path in paths}
 
 
-def fails(flags, words, script=em_rl):
+def fails(flags, words, script=em_rl, always=FLAGS):
     """A command ends with one line that holds these words."""
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed), pytest.raises(SystemExit) as end:
-        train(flags, script)
+        script.main((always + flags).split())
     line = str(end.value)
     if line == "2":  # argparse has printed it
         line = printed.getvalue().strip().split("\n")[-1]
@@ -110,7 +111,7 @@ def test_hybrids_and_dropout_train_resume_are_evaluated_and_decode(kind, capsys)
     em_rl.main("--resume b --steps 2".split())
     assert outcome("a") == outcome("b") and metrics("a")[2]["grad_norm"] > 0
     small = f"{data} --limit 3 --seeds 1 --max-new-tokens 8 --device cpu".split()
-    eval.main(["--model", "a/checkpoint", "--out", "e", *small])
+    evaluation.main(["--model", "a/checkpoint", "--out", "e", *small])
     em_inf.main(["--model", "a/checkpoint", "--decode", "em-inf", *small])
     em_inf.main("--model model --prompt 1+1? --max-new-tokens 8 --device cpu".split())
     said = capsys.readouterr().out
@@ -251,6 +252,121 @@ def test_guard_sees_collapse_and_leaves_a_healthy_run_alone():
     assert "truncated" in verdict(truncated=0.6)
 
 
+# ------------------------------------------------------------------- what a run tells people
+
+
+@pytest.mark.parametrize("data, words", [
+    ("gsm8k", "gsm8k test questions RENT TTRL gsm8k-train"),
+    ("math500", "math500 test questions math-train"),
+    ("humaneval", "humaneval eurus-code"),
+    ("olympiad", "olympiad numina"),
+    ("AI-MO/aimo-validation-amc", "amc numina"),  # its split "train" is the benchmark
+    ("google-research-datasets/mbpp", ""),  # and this one's is not
+    ("gsm8k-train", ""),
+    ("numina", ""),
+    ("/data/gsm8k", ""),
+])
+def test_training_on_a_benchmarks_test_questions_is_told(data, words):
+    notes = run.notes_on_data(argparse.Namespace(data=data), [], [])
+    assert len(notes) == bool(words) and all(word in notes[0] for word in words.split())
+
+
+def test_prompts_that_training_and_evaluation_share_are_counted(capsys):
+    data = ROOT / "tiny/test.jsonl"
+    train(f"--data {data} --data-size 512 --val {data} --val-size 9 --steps 1 --out new")
+    said = capsys.readouterr().out
+    assert "note: 9 of the 9 held-out prompts are training prompts" in said
+    assert said.index("note: ") < said.index("step 0")
+    train("--steps 1 --out other")
+    assert "note: " not in capsys.readouterr().out
+
+
+def ending(accuracies, size=512, keep_best=False, folder="run", **best):
+    """What is printed at the end of a run with these accuracies on `size` problems, one a step."""
+    Path(folder, "best").mkdir(exist_ok=True)
+    if best:
+        Path(folder, "best/row.json").write_text(json.dumps(best))
+    rows = []
+    for step, accuracy in enumerate(accuracies):
+        rows.append({"step": step, "val_greedy": accuracy, "val_sampled": 0.5})
+    config = json.loads(Path(folder, "config.json").read_text())
+    Path(folder, "config.json").write_text(json.dumps(config | {"keep_best": keep_best}))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        report.summarize(Path(folder), rows, size)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("accuracies, told, not_told", [
+    ([0.6, 0.934, 0.107], "WORSE 10.7% 60.0% peak 93.4% --keep-best --lr --entropy-coef", "chance"),
+    ([0.691, 0.95, 0.8], "below peak 80.0% 95.0% step 1 --keep-best", "WORSE"),
+    ([0.691, 0.685], "WORSE 68.5% 69.1% chance", "peak:"),
+    ([0.691, 0.92, 0.9], "", "WORSE below"),
+    ([], "Nobody has looked --val", "WORSE below peak"),
+])
+def test_a_collapse_is_told_in_words(accuracies, told, not_told):
+    said = ending(accuracies)
+    assert all(word in said for word in told.split())
+    assert not any(word in said.replace("The peak is known", "") for word in not_told.split())
+
+
+def test_a_loss_on_few_problems_may_be_chance():
+    assert "chance" in ending([0.5, 0.25], size=4) and "chance" not in ending([0.5, 0.25])
+    assert "peak: 50.0%" in ending([0.4, 0.9, 0.5]) and "peak:" not in ending([0.4, 0.9, 0.5], 4)
+
+
+@pytest.mark.parametrize("accuracies, best, told", [
+    ([0.5, 0.9, 0.6], dict(step=1, val_greedy=0.9), "run/best, of step 1 (90.0% greedy)\n"),
+    ([0.5, 0.4], {}, "labels say: the base model\n"),
+    ([0.5, 0.9, 0.6], {}, "step 1, which was not kept, as --keep-best came later\n"),
+    ([0.5, 0.8, 0.6], dict(step=2, val_greedy=0.9), "lost that step by a kill"),
+])
+def test_the_best_model_is_told_with_its_step(accuracies, best, told):
+    """Guards against a best/ of a step that a kill made the run forget."""
+    assert told in ending(accuracies, keep_best=True, **best)
+
+
+def test_the_best_model_comes_with_its_row():
+    train("--keep-best --out new")
+    row = json.loads(Path("new/best/row.json").read_text())
+    assert row["seconds"] > 0 and row | {"seconds": 0} == metrics("new")[row["step"]]
+
+
+def test_a_step_is_one_line_of_what_was_measured(capsys):
+    train("--beta 0 --steps 2 --out new")
+    said = capsys.readouterr().out
+    (line,) = re.findall("^step 2 [|] entropy.*$", said, re.M)
+    for text in "entropy [0-9.]+ nats", "length [0-9.]+ tokens", "truncated [0-9]+%":
+        assert re.search(text, line)
+    assert "kl" not in line and "val_" not in line and "kl" not in metrics("new")[2]
+    assert json.loads(rows_of("new/samples.jsonl")[-5])["response"] in said and "{'" not in said
+    train("--steps 1 --out other")
+    assert re.search(r"kl [0-9.e-]+ nats", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("main", [em_rl.main, em_ft.main, evaluation.main])
+def test_help_says_what_the_number_of_rows_changes(main, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "another number draws other samples, and the same greedy ones" in said
+
+
+def test_any_file_of_a_model_identifies_it(tmp_path):
+    """A large file is not read as a whole, and one of zeros in its place is seen all the same."""
+    shutil.copytree(TINY, "model")
+    digests = [digest_of_model(TINY), digest_of_model("model")]
+    assert digests[0] == digests[1]
+    for size in 2**18, 2**26 + 2**20:
+        Path("model/more.safetensors").write_bytes(b"\1" * size)
+        digests.append(digest_of_model("model"))
+        zeros(Path("model/more.safetensors"))
+        digests.append(digest_of_model("model"))
+    assert len(set(digests)) == 5
+    snapshot = tmp_path / "snapshots/c0ffee"
+    shutil.copytree(TINY, snapshot)
+    assert digest_of_model(str(snapshot)) == "commit c0ffee"
+
+
 # --------------------------------------------------------------------------- interruptions
 
 
@@ -379,6 +495,123 @@ def test_a_run_killed_between_two_renames_or_before_its_report_goes_on():
     assert saved_step("run") == 6
 
 
+CONFIGS = [  # an edit of config.json, and words of the line that refuses it
+    ({"reward": "confidence"}, "config.json --reward confidence"),
+    ({"dtype": "float16"}, "config.json --dtype float16"),
+    ({"lr": "high"}, "config.json --lr high"),
+    ({"lr": -1}, "config.json --lr -1"),
+    ({"steps": None}, "config.json steps null"),
+    ({"steps": 4.5}, "config.json --steps 4.5"),
+    ({"steps": True}, "config.json --steps"),
+    ({"keep_best": "yes"}, "config.json --keep-best yes"),
+    ({"model": None}, "config.json model null"),
+    ({"data": ["a", "b"]}, "a,b no file"),
+    ({"changed": 1}, "config.json changed not a setting"),
+    ({"beta": ...}, "config.json beta missing"),
+    ({"inputs": ...}, "config.json inputs missing"),
+    ({"inputs": 5}, "config.json inputs damaged"),
+]
+
+
+@pytest.mark.parametrize("edit, words", CONFIGS)
+def test_settings_that_were_saved_are_checked_as_flags_are(edit, words):
+    """Guards against an unknown reward that trained on votes, and a key that took a default."""
+    path = Path("run/config.json")
+    config = json.loads(path.read_text()) | edit
+    path.write_text(json.dumps({key: config[key] for key in config if config[key] is not ...}))
+    before = everything()
+    fails("--resume run", words, always="")
+    assert everything() == before
+
+
+DAMAGE = [  # a file of a run, what is replaced in it, by what, and words of the line
+    ("metrics.csv", "\n1,", "\n1,high", "metrics.csv line 3"),
+    ("metrics.csv", "step,entropy", "step,changed", "metrics.csv first line"),
+    ("metrics.csv", "\n2,", "\n,", "metrics.csv line 4 step"),
+    ("metrics.csv", r"(?m)^(1,[^,]*,[^,]*,[^,]*,)[^,]*", r"\1", "metrics.csv line 3 length"),
+    ("metrics.csv", r"(?m)^(0,.*,)[^,]+(,[^,]+,[^,]+)$", r"\1\2", "line 2 val_entropy"),
+    ("samples.jsonl", '{"step": 0', '{"prompt": "mine"}\n{"step": 0', "samples.jsonl line 1 step"),
+    ("samples.jsonl", '"response": "', '"response": null, "was": "', "line 1 response null"),
+    ("samples.jsonl", '"step": 0', '"step": "zero"', "line 1 step zero"),
+    ("samples.jsonl", '"step": 0', '"step": true', "line 1 step true"),
+]
+
+
+@pytest.mark.parametrize("name, old, new, words", DAMAGE)
+def test_a_line_that_is_not_a_runs_own_is_named(name, old, new, words):
+    """Guards against KeyError 'step', 'length' and 'entropy' in the middle of a run."""
+    path = Path("run", name)
+    text = re.sub(old, new, path.read_text(), count=1)
+    assert text != path.read_text()
+    path.write_text(text)
+    before = everything()
+    fails("--resume run --steps 6", words)
+    assert everything() == before
+
+
+def rows_of(name):
+    return Path(name).read_text().splitlines(keepends=True)
+
+
+def zeros(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+INPUTS = [  # what happens to an input while a run is not at work, and words of the line
+    (lambda: Path("data.jsonl").write_text("".join(rows_of("data.jsonl")[::-1])), "data.jsonl"),
+    (lambda: Path("data.jsonl").open("a").write('{"prompt": "more"}\n'), "data.jsonl 33 32"),
+    (lambda: shutil.copy("val.jsonl", "data.jsonl"), "data.jsonl"),
+    (lambda: Path("val.jsonl").write_text("".join(rows_of("val.jsonl")[1:])), "val.jsonl"),
+    (lambda: zeros(Path("base/model.safetensors")), "base"),
+    (lambda: Path("base/tokenizer_config.json").unlink(), "base"),
+]
+
+
+@pytest.mark.parametrize("change, words", INPUTS)
+def test_a_run_goes_on_only_with_what_it_began_with(change, words, tmp_path, monkeypatch):
+    for name, file in ("data", "train"), ("val", "test"):
+        Path(f"{name}.jsonl").write_text("".join(rows_of(ROOT / f"tiny/{file}.jsonl")[:32]))
+    shutil.copytree(TINY, "base")
+    flags = "--model base --data data.jsonl --val val.jsonl --steps 2"
+    train(f"{flags} --data-size 99 --val-size 32 --out new")
+    Path("elsewhere").mkdir()
+    shutil.copy("val.jsonl", "elsewhere/data.jsonl")  # of the same name
+    monkeypatch.chdir("elsewhere")
+    em_rl.main("--resume ../new --steps 3".split())  # the places in config.json are absolute
+    monkeypatch.chdir(tmp_path)
+    assert saved_step("new") == 3
+    change()
+    before = everything()
+    fails("--resume new --steps 4", words, always="")
+    assert everything() == before
+    if "data" in words:  # others may be asked for
+        em_rl.main("--resume new --steps 4 --data elsewhere/data.jsonl".split())
+        assert saved_step("new") == 4
+    if "base" in words:  # the same model elsewhere
+        em_rl.main(["--resume", "new", "--steps", "4", "--model", TINY])
+
+
+FOREIGN = {
+    "samples.jsonl": '{"prompt": "1+1"}',
+    "metrics.csv": "mine",
+    "config.json": "{}",
+    "lock": "mine",
+    "checkpoint/notes": "mine",
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", FOREIGN)
+def test_no_run_writes_into_a_folder_that_has_files(name, script):
+    path = Path("mine", name)
+    path.parent.mkdir(parents=True)
+    path.write_text(FOREIGN[name])
+    before = everything()
+    fails("--out mine", f"mine {name.partition('/')[0]}", script)
+    fails(f"--out mine/{name}", "--out no folder", script)
+    assert everything() == before
+
+
 VALUES = """beta -1 nan inf|budget -1|clip -1 nan 1e99|data-size -1|device bogus|dtype float16
 entropy-coef nan inf x
 eval-every 0|grad-clip -1 0|guard -1 nan 0.5|lr -1 inf 1e38 x|max-new-tokens -1 0|prompts 0 33
@@ -396,6 +629,9 @@ REFUSED = [
     (None, "--out evaluation", "evaluation another --out"),
     (em_rl, "--resume begun", "begun nothing"),
     (em_rl, "--out run", "run --resume"),
+    (None, f"--data {'x' * 300}", "xxx no file"),
+    (None, "--resume bare.jsonl", "bare.jsonl/config.json"),
+    (None, f"--out {'x' * 300}", "--out no folder"),
     (em_rl, "--resume run --steps 3", "--steps 3"),
     (em_rl, "--data bare.jsonl --reward correct", "bare.jsonl answer"),
     (em_ft, "--data bare.jsonl --loss sft", "bare.jsonl solution"),

@@ -10,6 +10,7 @@ import torch
 import em_inf
 import eval as ev
 from engine import run
+from engine.files import read_samples
 from tasks.errors import UserError
 from tasks.problems import load_problems, scicode
 from tasks.scores import summary
@@ -95,7 +96,7 @@ FLAGS = "--data steps.jsonl --seeds 1 --device cpu --allow-code-execution --out"
 def verdicts(folder):
     """{(decoder, seed, step): verdicts of its samples in order}."""
     found = {}
-    for samples in ev.read_samples(folder).values():
+    for samples in read_samples(folder).values():
         for sample in samples:
             key = sample["decoder"], sample["seed"], sample["id"]
             found.setdefault(key, []).append(sample["correct"])
