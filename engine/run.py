@@ -75,7 +75,7 @@ from engine.output import printing
 from engine.report import SAMPLE
 from tasks.errors import UserError
 from tasks.problems import TRAINING, benchmark_of, load_gradable
-from tasks.prompts import encode_problem, encode_prompt, stop_ids
+from tasks.prompts import encode_problem, stop_ids
 
 COLUMNS = (
     "step entropy reward reward_std length truncated kl grad_norm tokens flops "
@@ -218,7 +218,7 @@ def prepare(problems, tokenizer, label, args):
         if problem.get("after"):
             raise UserError(f"--data {args.data}: {problem['id']} comes after other problems, and "
                             "its prompt needs their programs; take such steps out")
-        ids = encode_prompt(tokenizer, problem["prompt"])
+        ids = encode_problem(tokenizer, problem)
         if len(ids) <= args.max_prompt_tokens:
             kept = {"prompt": problem["prompt"], "ids": ids}
             if label:

@@ -252,20 +252,18 @@ def fenced(code):
     return f"Sure:\n```python\n{code}\n```"
 
 
-def test_programs_are_graded_with_their_setup_and_the_programs_that_they_come_after():
+def test_programs_are_graded_with_their_setup():
     asked = [
         {"id": "f", "tests": "assert f(2) == 4"},
         {"id": "m", "answer": "2"},
         {"id": "io", "tests": [{"input": "2", "output": "4"}], "setup": "import sys"},
-        {"id": "s1", "tests": "assert a() == 1"},
-        {"id": "s2", "tests": "assert b() == 2", "after": ["s1"]},
+        {"id": "b", "tests": "assert b() == 2", "setup": "def a(): return 1"},
     ]
     responses = [
         fenced("def f(x): return 2 * x"), r"\boxed{2}",
-        fenced("print(2 * int(sys.stdin.read()))"),
-        fenced("def a(): return 1"), fenced("def b(): return 1 + a()"),
+        fenced("print(2 * int(sys.stdin.read()))"), fenced("def b(): return 1 + a()"),
     ]
-    assert answers.grade(asked, responses, allow_code=True) == [True] * 5
-    assert answers.grade(asked, responses[1:] + responses[:1], allow_code=True) == [False] * 5
+    assert answers.grade(asked, responses, allow_code=True) == [True] * 4
+    assert answers.grade(asked, responses[1:] + responses[:1], allow_code=True) == [False] * 4
     with pytest.raises(UserError, match="--allow-code-execution"):
         answers.grade(asked, responses)

@@ -221,6 +221,17 @@ def test_each_pass_over_the_prompts_has_an_order_of_its_own():
     assert len(last) == 8
 
 
+def test_a_training_prompt_with_tests_asks_for_a_program():
+    """Coding prompts were trained under the system prompt that asks for a box."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    coding = {"id": "f", "prompt": "f?", "tests": "assert f() == 1"}
+    problems = [coding, {"id": "2", "prompt": "2?"}]
+    args = argparse.Namespace(max_prompt_tokens=999, prompts=2, data="")
+    texts = [tokenizer.decode(p["ids"]) for p in run.prepare(problems, tokenizer, None, args)]
+    assert ["boxed" in text for text in texts] == [False, True] and "python block" in texts[0]
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2"])
 def test_em_rl_runs_on_architecture(kind):
     random_model(kind).to(torch.bfloat16).save_pretrained("model")
