@@ -15,7 +15,7 @@ A decoder is "greedy", "sample" or "sample@T" with a temperature T. Nothing else
 the distribution: no top-k and no top-p, whatever the checkpoint says. em_inf.py has the
 decoders that sharpen, vote or refine. `--diagnose` asks whether EM will help a model.
 
-An answer is right if its last \\boxed{} holds the problem's, as judged by math-verify.
+An answer is right if its last \\boxed{} holds the problem's (tasks/compare.py).
 Programs are run with the problem's tests, if you allow it (tasks/sandbox.py).
 
 The folder of an evaluation has config.json, samples.jsonl (every response and its grade),

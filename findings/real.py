@@ -56,7 +56,8 @@ from engine.load import load_model, set_up
 from engine.run import command, read_rows
 from entropy import output_head
 from eval import evaluate
-from tasks.answers import grade, last_box, same_answer
+from tasks.answers import grade, last_box
+from tasks.compare import same_answer
 from tasks.problems import load_problems
 from tasks.prompts import encode_prompt
 from tasks.scores import CONFIDENCE, by_problem, diagnosis, summary

@@ -1,46 +1,23 @@
 r"""
-Answers: find the one in a response, compare it with the problem's own, and grade it.
+Answers: find the one in a response, grade it, and let several responses vote.
 
-    last_box(r"so it is \boxed{\frac12}")  # \frac12
-    same_answer(r"\frac12", "0.5")         # True, by math-verify
+    last_box(r"so it is \boxed{\frac12}")                  # \frac12
+    is_correct(r"so \boxed{\frac12}", {"answer": "0.5"})   # True: see tasks/compare.py
+    votes([r"\boxed{0.5}", r"\boxed{2}", r"\boxed{1/2}"])  # [2, 1, 2]
 """
-import functools
-import logging
 import re
+from collections import Counter
 
-from math_verify import parse, verify
 from rapidfuzz.distance import Levenshtein
 
 from tasks import sandbox
-from tasks.clock import within
+from tasks.compare import same_answer
 from tasks.errors import UserError
 
-logging.getLogger("math_verify").setLevel("ERROR")  # it warns that its own clock is off
 NOT_ALLOWED = (
     "its answers are programs, and grading runs them: --allow-code-execution "
     "(see tasks/sandbox.py for what that means)"
 )
-REPAIRS = [  # what math-verify would misread: (pattern, replacement)
-    (r"[\u2212\u2013]", "-"),
-    ("°", r"^\\circ"),
-    ("·", r"\\cdot "),
-    ("²", "^2"),
-    ("³", "^3"),
-    (r"√(\d+)", r"\\sqrt{\1}"),
-    ("[€£¥]", ""),
-    (r"\\langle", "("),
-    (r"\\rangle", ")"),
-    (r"\\(?:text|math)bf\{([^{}]*)\}", r"\1"),
-    (r"(?<=\d)[eE]([+-]?\d+)", r"\\times 10^{\1}"),  # 4.5e33: its e is not Euler's number
-    (r"(?<=\d) ?[x×] ?(?=10\^)", r"\\times "),
-    (r"^\s*(-?\d+) +(\d+)/(\d+)\s*$", r"\1\\frac{\2}{\3}"),  # 1 1/2
-    (r"(?<=\d)(?:\\[,! ]|[ ~])+(?=\d{3}(?!\d))", ""),  # 10\,000
-    (r"\.\s*$", ""),
-    # a last letter is a variable, as in 5t, and a unit in 5 m only
-    (r"^(?!\s*-?[\d.,]+ )(.*[\d}\s])([cdghlmost])\s*$", r"\1{\2}"),
-]
-LETTER = r"(?:\\text|\\mathrm)?[{(\s]*([A-J])[})\s]*"  # B, (B) or \text{B}
-CHOICE = LETTER + r"(?:[).:}](?!.*\([A-J]\))(.*\S.*))?"  # and perhaps more: B) 12
 THOUGHTS = [  # (opening, closing): the marks of a model's thoughts
     (r"<(?:\w+:)?think(?:ing)?>", r"</(?:\w+:)?think(?:ing)?>"),  # most models
     ("<thought>", "</thought>"),  # EXAONE
@@ -53,8 +30,6 @@ THOUGHTS = [  # (opening, closing): the marks of a model's thoughts
     (r"\Aanalysis(?=\w)", "assistantfinal"),  # gpt-oss decoded without special tokens
 ]
 OPENING, CLOSING = ("|".join(marks) for marks in zip(*THOUGHTS))
-LONGEST = 10  # seconds for a comparison
-TINY = r"10\^\{?-(\d+)|(?<![\d.])0?\.(0+)"  # 10^{-19}, or 0.00016 and its zeros
 
 
 def after_thoughts(text):
@@ -97,67 +72,6 @@ def find_answer(response, problem):
     return last_box(response)
 
 
-def repair(answer):
-    for pattern, replacement in REPAIRS:
-        answer = re.sub(pattern, replacement, answer)
-    return answer.strip()
-
-
-@functools.lru_cache(maxsize=100_000)  # half the time of a comparison
-def parsed(answer):
-    """What math-verify reads in an answer: [] if it is nothing."""
-    return parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-
-
-def letter_and_text(answer):
-    """Of a multiple choice: "(B) 12" -> ("B", "12"), and "(B)" -> ("B", None)."""
-    match = re.fullmatch(CHOICE, answer, re.DOTALL)
-    return match.groups() if match else (None, None)
-
-
-def decimals(text):
-    """How many decimals show 4 digits of the tiniest number in a text."""
-    zeros = [0]
-    for power, written in re.findall(TINY, text):
-        zeros.append(int(power or len(written) + 1))
-    return min(300, 3 + max(zeros))
-
-
-@functools.lru_cache(maxsize=100_000)
-def same_answer(answer, other):
-    """Do two answers (strings) mean the same, as "0.5" and "1/2" do?
-
-    Numbers are compared to 6 decimals, tiny ones to 4 digits. New answers take some ms, and
-    at most LONGEST seconds (9^{9^{9^9}}: no).
-    """
-    a, b = repair(answer), repair(other)
-    if a == b:
-        return a != ""
-    if len(a) + len(b) > 1000:  # a response gone astray: no benchmark has such an answer
-        return False
-    (letter, text), (other_letter, other_text) = letter_and_text(a), letter_and_text(b)
-    if letter and other_letter:
-        if letter != other_letter or not text or not other_text:
-            return letter == other_letter
-    a, b = text or a, other_text or b  # (B) 12 is 12, too
-    try:
-        return within(LONGEST, equal, a, b)
-    except TimeoutError:
-        return False
-
-
-def equal(a, b):
-    """Does math-verify find two repaired answers equal?"""
-    digits = decimals(f"{a} {b}")
-    for first, second in (a, b), (b, a):  # of equations the verdict depends on the order
-        if verify(
-            parsed(first), parsed(second), timeout_seconds=None,
-            float_rounding=max(6, digits), numeric_precision=max(15, digits),
-        ):
-            return True
-    return False
-
-
 def is_correct(response, problem):
     """Does a response's last box hold the problem's answer, or one of a list of them?"""
     box = last_box(response)
@@ -172,12 +86,17 @@ def is_correct(response, problem):
 def votes(texts):
     """For each of N responses, how many of them have its answer: 0 if it has none."""
     boxes = [last_box(text) for text in texts]
-    given = [box for box in boxes if box is not None]
-    counts = []
-    for box in boxes:
-        same = [box is not None and same_answer(box, other) for other in given]
-        counts.append(sum(same))
-    return counts
+    first = {}  # of each box the first one that means the same
+    for box in dict.fromkeys(boxes):
+        if box is None or not same_answer(box, box):  # an empty one is no answer
+            continue
+        first[box] = box
+        for other in dict.fromkeys(first.values()):
+            if same_answer(other, box) or same_answer(box, other):
+                first[box] = other
+                break
+    counts = Counter(first.get(box) for box in boxes)
+    return [counts[first[box]] if box in first else 0 for box in boxes]
 
 
 def most_agreed(texts):
