@@ -57,6 +57,7 @@ WORDS = {  # in \text or without it
     **dict.fromkeys(["inf", "infinity", "oo"], r"\infty "),
     **dict.fromkeys(["all real numbers", "all reals"], r"\mathbb{R}"),
     **{name: rf"\{name} " for name in (*GREEK, "pi", "sqrt")},
+    **{f"a{name}": rf"\arc{name} " for name in ("sin", "cos", "tan")},
 }
 LABEL = (  # what stands in front of an answer
     r"^(\\text\{)?\s*(?i:(?:(?:so|thus|hence|therefore),? )?(?:the )?(?:final |correct )?"

@@ -182,7 +182,7 @@ x^2+y^2=4 == \frac{x^2}{4}+\frac{y^2}{4}=1 ; 2x-3y=0 == y=\frac{2}{3}x ; x^2+y^2
 \frac{\pi}{4} == pi/4 ; \sqrt{2} == sqrt(2) ; 3\sqrt{2} == 3sqrt(2)
 \frac{1}{\sqrt{2}} == 1/sqrt(2) ; x^{2} == x**2 ; 2^{n+1} == 2^(n+1) ; e^{-x} == e^(-x)
 \ln 2 == ln 2 ; \frac{x+1}{x-1} == (x+1)/(x-1) ; \frac{1}{2}\pi == pi/2 ; -\infty == -inf
-x \ne 3 == x != 3 ; \frac{\pi}{2} - x == pi/2 - x ; \arctan 2 == arctan(2) ; \pi^2/6 == pi**2/6
+x \ne 3 == x != 3 ; \frac{\pi}{2} - x == pi/2 - x ; \arctan 2 == atan(2) ; \pi^2/6 == pi**2/6
 6\pi != 6pi^2 ; sqrt(2) != 2
 # wrappers and labels
 73 == $73$ ; 73 == \mathbf{73} ; 73 == \color{blue}{73} ; 73 == \text{Answer: 73}
