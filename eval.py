@@ -350,7 +350,7 @@ def main(argv=None):
         print("\n" + scores.table(results))
     summaries = {name: scores.summary(samples) for name, samples in results.items()}
     replace_file(folder / "results.json", json.dumps(summaries, indent=1) + "\n")
-    scores.reliability_plot(results, folder / "reliability.png")
+    report.reliability_plot(results, folder)
     print(f"\nsamples, results.json and reliability.png: {folder}")
 
 

@@ -1,12 +1,16 @@
 """
 The end of a run, for people: a table, three problems before and after, and a figure.
 """
+import functools
 import json
 import math
+import sys
 from pathlib import Path
 
+import numpy as np
+
 from engine.files import append_jsonl, read_config, read_jsonl, replace_file
-from tasks.scores import summary
+from tasks.scores import calibration_of, summary
 
 SAMPLE = {int: "step", str: "set prompt response"}  # the fields of a line of samples.jsonl
 
@@ -111,14 +115,31 @@ def show_samples(folder, last_step):
             print(f"  {name:8} {verdict}  {sample['response']}")
 
 
+def no_reason_to_stop(draw):
+    """A decorator for what draws a figure into a folder. Where it can't be drawn (a wrong
+    MPLBACKEND, a broken matplotlibrc, a file that another program has open) a line says why."""
+
+    @functools.wraps(draw)
+    def wrapper(data, folder):
+        try:
+            import matplotlib
+
+            with matplotlib.rc_context({"text.parse_math": False}):  # a name may have a $ in it
+                draw(data, folder)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".split("\n")[0][:160]
+            print(f"no figure in {folder}: {reason}", file=sys.stderr)
+
+    return wrapper
+
+
+@no_reason_to_stop
 def plot(rows, folder):
     """Entropy, held-out accuracy and length against steps: plot.png."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which would change a notebook's backend
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
 
     def line(axis, key, **style):
         measured = [row for row in rows if key in row]
@@ -144,4 +165,25 @@ def plot(rows, folder):
     what = config.get("reward") or config["loss"]
     figure.suptitle(f"{config['script']}, {what}: {name}", fontsize=10)
     figure.savefig(folder / "plot.png", dpi=130)
-    plt.close(figure)
+
+
+@no_reason_to_stop
+def reliability_plot(results, folder):
+    """Accuracy against confidence, a line for each of {name: samples}, its bins as dots:
+    reliability.png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="calibrated")
+    for i, (name, samples) in enumerate(results.items()):
+        ece, rows = calibration_of(samples)
+        confidence, accuracy, count = np.transpose(rows)
+        axis.plot(confidence, accuracy, color=f"C{i}", label=f"{name} (ECE {ece:.2f})")
+        area = 8 + 300 * count / len(samples)
+        axis.scatter(confidence, accuracy, area, color=f"C{i}", alpha=0.7)
+    axis.set_xlabel("confidence: exp(mean log-prob of the answer's tokens)")
+    axis.set_ylabel("share right")
+    axis.set_title("Is the model as often right as it is sure?")
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(folder / "reliability.png", dpi=130)

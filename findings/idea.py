@@ -8,13 +8,10 @@ import re
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import matplotlib.pyplot as plt
-
 from engine.load import load_model
 from engine.sampler import generate
 from tasks.answers import is_correct
@@ -38,7 +35,8 @@ def main():
     responses, entropy = rollout.responses, rollout.entropy
     texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
     right = [is_correct(text, problem) for text in texts]
-    figure, axes = plt.subplots(3, 1, figsize=(10, 5.5), layout="constrained", sharey=True)
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    axes = figure.subplots(3, 1, sharey=True)
     for axis, (kind, start, good, color) in zip(axes, KINDS):
         begins = [re.match(start, text) is not None for text in texts]
         i = list(zip(begins, right)).index((True, good))

@@ -240,29 +240,6 @@ def compare(a, b):
     return "\n".join(lines)
 
 
-def reliability_plot(results, path):
-    """Accuracy against confidence, a line for each of {name: samples}, its bins as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5.2, 4.6), layout="constrained")
-    axis.plot([0, 1], [0, 1], color="0.6", linestyle=":", label="calibrated")
-    for i, (name, samples) in enumerate(results.items()):
-        ece, rows = calibration_of(samples)
-        confidence, accuracy, count = np.transpose(rows)
-        axis.plot(confidence, accuracy, color=f"C{i}", label=f"{name} (ECE {ece:.2f})")
-        area = 8 + 300 * count / len(samples)
-        axis.scatter(confidence, accuracy, area, color=f"C{i}", alpha=0.7)
-    axis.set_xlabel("confidence: exp(mean log-prob of the answer's tokens)")
-    axis.set_ylabel("share right")
-    axis.set_title("Is the model as often right as it is sure?")
-    axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 # ------------------------------------------------------------------------------ the forecast
 
 

@@ -22,7 +22,6 @@ from engine import report
 from engine.files import read_jsonl
 from engine.load import load_model
 from engine.run import read_rows
-from eval import scores
 from tests.models import TINY
 
 EVAL = "--device cpu --limit 8 --max-new-tokens 8 --rollout-batch 4 --out "
@@ -75,7 +74,7 @@ args = parser.parse_args()
 flags, needed = TRAIN, "*[td]/state.pt"  # checkpoint.old, too
 if args.script == "eval.py":
     flags, needed = EVAL, "config.json"
-report.plot = scores.reliability_plot = lambda *_: None
+report.plot = report.reliability_plot = lambda *_: None
 load_model(TINY, "cpu")  # which imports a lot
 os.chdir(tempfile.mkdtemp())
 ballast, run = Path(args.disk, "ballast"), Path(args.disk, "run")
