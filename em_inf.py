@@ -44,6 +44,8 @@ from engine.arguments import (
     comma_list,
     fraction,
     nonnegative,
+    path_name,
+    plain_text,
     positive,
     positive_int,
     template_settings,
@@ -334,10 +336,11 @@ def main(argv=None):
         epilog="Without --model: " + ", ".join(f"{key} {TINY[key]}" for key in TINY),
     )
     add = parser.add_argument
-    add("--model", help="folder or Hub id; without it the tiny model, set as said below")
+    add("--model", type=path_name, help="folder or Hub id; without it the tiny model, set as said "
+        "below")
     add("--template", type=template_settings, metavar="KEY=VALUE", help="settings of the chat "
         "template, with commas: enable_thinking=false")
-    add("--prompt", help="answer this, streamed, and end")
+    add("--prompt", type=plain_text, help="answer this, streamed, and end")
     add("--data", default="math500", help="problems: JSONL file or Hub name")
     add("--limit", type=positive_int, help="only the first LIMIT problems")
     add("--show", type=whole_number, default=3, help="problems to print side by side")

@@ -36,6 +36,7 @@ from engine import report, run
 from engine.arguments import (
     Help,
     comma_list,
+    path_name,
     positive,
     positive_int,
     shard,
@@ -242,7 +243,7 @@ def main(argv=None):
         description=__doc__, formatter_class=Help, usage="python eval.py [options]"
     )
     add = parser.add_argument
-    add("--model", default=str(HERE / "tiny/base"), help="folder or Hub id")
+    add("--model", type=path_name, default=str(HERE / "tiny/base"), help="folder or Hub id")
     add("--template", type=template_settings, metavar="KEY=VALUE", help="settings of the chat "
         "template, with commas: enable_thinking=false")
     add("--data", type=comma_list, default=str(HERE / "tiny/test.jsonl"),

@@ -11,9 +11,9 @@ after a first one. Error: ||g - g_naive|| / ||g_naive|| of the worse gradient.
 """
 import argparse
 import multiprocessing
-import resource
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -54,6 +54,8 @@ def high_water(device):
     """The most bytes that this process has held so far."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -75,6 +77,8 @@ def main():
     add("--vocab", type=int, default=50_000)
     add("--width", type=int, default=512)
     args = parser.parse_args()
+    if args.device == "cpu" and not find_spec("resource"):
+        sys.exit("bench/entropy.py: on a CPU it needs Linux or macOS, which know a high-water mark")
 
     megabytes = {}
     for name in VERSIONS:

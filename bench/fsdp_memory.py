@@ -58,7 +58,9 @@ def measure():
                 model.set_requires_gradient_sync(last or sync_each)
                 entropy, _, _ = model.score(head, tokens, tokens)
                 entropy.mean().backward()
-            shards.step_clipped(optimizer, 1.0)
+            shards.clip(optimizer, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
         peaks.append(megabytes("VmHWM") - before)
     forget()
     with torch.no_grad(), shards.gathered(model):
@@ -71,6 +73,8 @@ def measure():
 
 if __name__ == "__main__" and "RANK" in os.environ:
     shards.run_and_end(measure)
+elif __name__ == "__main__" and not Path("/proc/self/clear_refs").exists():
+    sys.exit("bench/fsdp_memory.py: it needs Linux, whose /proc tells what a process holds")
 elif __name__ == "__main__":
     print("| processes | shards, computed | step, --sync-each | step | sampling |", flush=True)
     print("|---|---|---|---|---|", flush=True)

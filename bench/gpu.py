@@ -323,8 +323,10 @@ def run_part(name, folder, dry, limit):
         except subprocess.TimeoutExpired:
             ending = f"stopped after {limit:.0f} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(part.pid, signal.SIGKILL)  # and what it has started
+            if hasattr(os, "killpg"):  # and what it has started; not on Windows
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(part.pid, signal.SIGKILL)
+            part.kill()
             part.wait()
     if result.exists():
         return json.loads(result.read_text(encoding="utf-8"))

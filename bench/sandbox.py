@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.arguments import Help, positive_int
-from tasks.sandbox import grade, has_namespaces  # noqa: E402
+from engine.run import command
+from tasks.sandbox import grade, has_namespaces
 
 PROGRAM = """
 def primes(n):
@@ -27,13 +28,15 @@ def primes(n):
 """
 
 
-if __name__ == "__main__":
+@command
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--programs", type=positive_int, default=200, help="programs to grade")
     add("--size", type=positive_int, default=100_000, help="of the sieve; this takes 10 ms")
     add("--workers", type=positive_int, default=os.cpu_count(), help="programs at a time")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    confined = "namespaces and limits" if has_namespaces() else "limits only"
 
     count = 0
     for n in range(2, args.size):
@@ -47,7 +50,6 @@ if __name__ == "__main__":
         by_output = (program + "print(primes(int(input())))", pairs)
         jobs.append((program, tests) if i % 2 else by_output)
         expected.append(right)
-    confined = "namespaces and limits" if has_namespaces() else "limits only"
 
     seconds = {}
     for workers in 1, args.workers:
@@ -58,3 +60,7 @@ if __name__ == "__main__":
     one, many = seconds[1], seconds[args.workers]
     print(f"{args.programs} programs, {confined}, {os.cpu_count()} cores: one by one {one:.1f} s, "
           f"{args.workers} at a time {many:.1f} s, {one / many:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from em_inf import LEVELS, TINY, EMInf
-from engine.arguments import Help, positive, positive_int, whole_number
+from engine.arguments import Help, path_name, plain_text, positive, positive_int, whole_number
 from engine.check import check_model
 from engine.files import read_config, refuse_to_replace
 from engine.load import load_model, set_up
@@ -104,10 +104,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--model", action="append", help="folder or Hub id; give two to compare them")
-    either("--run", help="folder of a training run: its base model and its checkpoint")
+    either("--model", type=path_name, action="append", help="folder or Hub id; give two to "
+           "compare them")
+    either("--run", type=path_name, help="folder of a training run: its base model and its "
+           "checkpoint")
     add("--data", help="problems: JSONL file or name; else the run's, or tiny/test.jsonl")
-    add("--prompt", help="ask this instead")
+    add("--prompt", type=plain_text, help="ask this instead")
     add("--limit", type=positive_int, default=3, help="only the first LIMIT problems")
     add("--seed", type=whole_number, default=1, help="of the sampling")
     add("--max-new-tokens", type=positive_int, default=64, help="longest response, tokens")

@@ -4,6 +4,7 @@ Types for argparse that check: a bad value is refused in one line, before anythi
     parser.add_argument("--lr", type=positive)    # --lr -1: not a number above 0
 """
 import argparse
+import os
 import re
 
 from tasks.errors import UserError
@@ -59,6 +60,28 @@ def shard(text):
     if not 0 <= int(part) < int(parts):
         raise argparse.ArgumentTypeError(f"{text} is not one of 0/N, 1/N, ... and (N - 1)/N")
     return int(part), int(parts)
+
+
+def plain_text(text):
+    """Text that a model can read. Bytes that are no characters of the terminal's encoding come
+    as halves of surrogate pairs; in the C locale those of UTF-8 do."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not text in UTF-8") from None
+
+
+def path_name(text):
+    """Of a file or folder that safetensors and tokenizers, too, can open: they want UTF-8."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name in this terminal's encoding; set PYTHONUTF8=1, or rename it"
+        )
+    return text
 
 
 def comma_list(text):

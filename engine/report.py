@@ -133,6 +133,11 @@ def no_reason_to_stop(draw):
     return wrapper
 
 
+def drawable(name):
+    """The name of a file whose bytes are no characters here, with their numbers instead."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 @no_reason_to_stop
 def plot(rows, folder):
     """Entropy, held-out accuracy and length against steps: plot.png."""
@@ -161,7 +166,7 @@ def plot(rows, folder):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     config = read_config(folder)
-    name = "/".join(Path(config["model"]).parts[-2:])
+    name = drawable("/".join(Path(config["model"]).parts[-2:]))
     what = config.get("reward") or config["loss"]
     figure.suptitle(f"{config['script']}, {what}: {name}", fontsize=10)
     figure.savefig(folder / "plot.png", dpi=130)
@@ -179,7 +184,7 @@ def reliability_plot(results, folder):
     for i, (name, samples) in enumerate(results.items()):
         ece, rows = calibration_of(samples)
         confidence, accuracy, count = np.transpose(rows)
-        axis.plot(confidence, accuracy, color=f"C{i}", label=f"{name} (ECE {ece:.2f})")
+        axis.plot(confidence, accuracy, color=f"C{i}", label=f"{drawable(name)} (ECE {ece:.2f})")
         area = 8 + 300 * count / len(samples)
         axis.scatter(confidence, accuracy, area, color=f"C{i}", alpha=0.7)
     axis.set_xlabel("confidence: exp(mean log-prob of the answer's tokens)")

@@ -54,6 +54,7 @@ from engine.arguments import (
     Help,
     as_flags,
     growth,
+    path_name,
     positive_int,
     template_settings,
     whole_number,
@@ -90,7 +91,8 @@ HELD_OUT = COLUMNS[-5:]  # all or none of them
 def add_arguments(parser):
     """The settings that every training run has."""
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", help="folder or Hub id; without it the tiny model, set as said below")
+    add("--model", type=path_name, help="folder or Hub id; without it the tiny one, set as "
+        "said below")
     add("--template", type=template_settings, metavar="KEY=VALUE", help="settings of the chat "
         "template, with commas: enable_thinking=false")
     add("--data", default="numina", help="training prompts: JSONL file or Hub name")
@@ -114,8 +116,9 @@ def add_arguments(parser):
     add("--guard", type=growth, default=4.0, metavar="X", help="stop when length or entropy has "
         "grown X-fold, or the run has collapsed otherwise; 0: never")
     add = parser.add_argument_group("run").add_argument
-    add("--out", help="folder for the run; without it a new one in runs/")
-    add("--resume", metavar="FOLDER", help="go on; the run's settings hold unless given again")
+    add("--out", type=path_name, help="folder for the run; without it a new one in runs/")
+    add("--resume", type=path_name, metavar="FOLDER", help="go on; the run's settings hold unless "
+        "given again")
     add("--save-every", type=positive_int, default=10, help="steps between checkpoints")
     add("--seed", type=whole_number, default=1, help="random seed")
     add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
