@@ -56,13 +56,13 @@ def losses(first, peak, final, size, settings):
 
     if end < start:
         before = f"that of step {first['step']}" if first["step"] else "the base model"
-        doubt = ", which may be chance" if start - end <= chance(start, end) else ""
-        lines.append(f"The final model is WORSE than {before}: {end:.1%} of the held-out problems "
-                     f"right, greedy, and {start:.1%} before{doubt}.")
+        doubt = ", a difference which may be chance" if start - end <= chance(start, end) else ""
+        lines.append(f"The final model is worse than {before}: {end:.1%} of the held-out problems "
+                     f"are right, greedy, and {start:.1%} were{doubt}.")
     if top > start and top - end > chance(top, end):
-        lines.append(f"The final model is well below the peak: {end:.1%} right, and {top:.1%} at "
-                     f"step {peak['step']}.")
-    if lines:
+        lines.append(f"The final model is well below the peak: {end:.1%} are right, and {top:.1%} "
+                     f"were at step {peak['step']}.")
+    if lines and "chance" not in lines[-1]:
         exact = ", or --entropy-coef exact" if "entropy_coef" in settings else ""
         lines.append(f"What helps: an --lr below {settings['lr']:g}, fewer --steps, a KL penalty "
                      f"(--beta 0.5){exact}; and --keep-best, which keeps the model of the peak.")

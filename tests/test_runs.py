@@ -308,11 +308,11 @@ def ending(accuracies, size=512, keep_best=False, folder="run", **best):
 
 
 @pytest.mark.parametrize("accuracies, told, not_told", [
-    ([0.6, 0.934, 0.107], "WORSE 10.7% 60.0% peak 93.4% --keep-best --lr --entropy-coef", "chance"),
-    ([0.691, 0.95, 0.8], "below peak 80.0% 95.0% step 1 --keep-best", "WORSE"),
-    ([0.691, 0.685], "WORSE 68.5% 69.1% chance", "peak:"),
-    ([0.691, 0.92, 0.9], "", "WORSE below"),
-    ([], "Nobody has looked --val", "WORSE below peak"),
+    ([0.6, 0.934, 0.107], "worse 10.7% 60.0% peak 93.4% --keep-best --lr --entropy-coef", "chance"),
+    ([0.691, 0.95, 0.8], "below peak 80.0% 95.0% step 1 --keep-best", "worse"),
+    ([0.691, 0.685], "worse 68.5% 69.1% chance", "peak: --lr"),
+    ([0.691, 0.92, 0.9], "", "worse below"),
+    ([], "Nobody has looked --val", "final below peak"),
 ])
 def test_a_collapse_is_told_in_words(accuracies, told, not_told):
     said = ending(accuracies)
