@@ -122,8 +122,8 @@ def main(argv=None):
             old = score_all(model, head, prompts, responses, args.temperature, args.budget)
         else:
             old = generate(
-                model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
-                rows=args.rollout_batch, desc="rollouts",
+                model, prompts[::N], stop, args.max_new_tokens, args.temperature, N=N,
+                batch_size=args.rollout_batch, desc="rollouts",
             )
             responses = old.responses
         lengths = old.mask.sum(1)  # (B*N,), tokens

@@ -282,7 +282,7 @@ def parse_decoder(name, temperature=1.0):
 
 
 def decode_and_grade(
-    model, tokenizer, head, problems, decoder, max_new_tokens, seed=1, rows=128, desc=None,
+    model, tokenizer, head, problems, decoder, max_new_tokens, seed=1, batch_size=128, desc=None,
     temperature=1.0, sharpeners=None, allow_code=False,
 ):
     """Answer each problem with a decoder, and grade: -> samples as `eval.graded` gives them.
@@ -305,7 +305,7 @@ def decode_and_grade(
             pairs = zip(problems, earlier)
             prompts = [encode_problem(tokenizer, problem, text) for problem, text in pairs]
             drafts = generate(
-                model, prompts, stop, max_new_tokens, temperature, n=n, rows=rows,
+                model, prompts, stop, max_new_tokens, temperature, N=n, batch_size=batch_size,
                 sharpen=sharpen, desc=desc,
             ).responses
             responses = []
@@ -394,7 +394,7 @@ def main(argv=None):
                 continue  # there is no chance in it
             samples = decode_and_grade(
                 model, tokenizer, head, problems, name, args.max_new_tokens, seed=seed,
-                rows=args.rollout_batch, desc=f"{name}, {seed}", temperature=args.temperature,
+                batch_size=args.rollout_batch, desc=f"{name}, {seed}", temperature=args.temperature,
                 sharpeners={"em-inf": em_inf, "adaptive-temperature": adaptive},
                 allow_code=args.allow_code_execution,
             )

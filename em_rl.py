@@ -232,8 +232,8 @@ def main(argv=None):
         problems = run.problems_of_step(step, train, args)  # B*N, each of B problems N times
         prompts = [problem["ids"] for problem in problems]  # lists of token ids
         rollout = generate(
-            model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
-            rows=args.rollout_batch, desc="rollouts",
+            model, prompts[::N], stop, args.max_new_tokens, args.temperature, N=N,
+            batch_size=args.rollout_batch, desc="rollouts",
         )
         rollout.texts = response_texts(tokenizer, rollout.responses)
         rollout.problems = problems

@@ -70,7 +70,7 @@ NOT_SAVED = "resume regrade compare out device shard".split()
 
 
 def evaluate(
-    model, tokenizer, head, problems, temperature, max_new_tokens, seed=1, n=1, rows=128,
+    model, tokenizer, head, problems, temperature, max_new_tokens, seed=1, n=1, batch_size=128,
     desc=None, allow_code=False,
 ):
     """Answer each problem n times, and grade: -> samples as `graded` describes them.
@@ -85,7 +85,7 @@ def evaluate(
         started = time.time()
         prompts = [encode_problem(tokenizer, problem) for problem in problems]
         scores = rollout = generate(
-            model, prompts, stop, max_new_tokens, temperature, n=n, rows=rows, desc=desc
+            model, prompts, stop, max_new_tokens, temperature, N=n, batch_size=batch_size, desc=desc
         )
         problems = [problem for problem in problems for _ in range(n)]
         prompts = [prompt for prompt in prompts for _ in range(n)]
@@ -156,7 +156,7 @@ def evaluate_held_out(step, model, tokenizer, head, problems, args, folder):
     greedy, sampled = (
         evaluate(
             model, tokenizer, head, problems, temperature, args.max_new_tokens,
-            seed=args.seed, rows=args.rollout_batch, desc="held out",
+            seed=args.seed, batch_size=args.rollout_batch, desc="held out",
         )
         for temperature in (0, 1)
     )
@@ -329,7 +329,7 @@ def main(argv=None):
             samples = evaluate(
                 model, tokenizer, head, job["problems"], temperature_of(job["decoder"]),
                 args.max_new_tokens, seed=job["seed"] + 1000 * job["places"][0], n=job["n"],
-                rows=args.rollout_batch, allow_code=args.allow_code_execution,
+                batch_size=args.rollout_batch, allow_code=args.allow_code_execution,
                 desc=f"{Path(job['data']).stem} {job['decoder']}, seed {job['seed']}",
             )
             for place, sample in zip(job["places"], samples):

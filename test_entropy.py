@@ -30,10 +30,10 @@ from engine.sampler import generate
 from entropy import batches, entropy_and_logprob, k3, output_head, score, score_all, token_entropy
 from tasks.errors import UserError
 from tasks.problems import load_problems
-from tests.models import ARCHITECTURES, ROOT, TINY, random_model, rows_of
+from tests.models import ARCHITECTURES, ROOT, TINY_BASE, random_model, rows_of
 
 cases = pytest.mark.parametrize
-FOUR = AutoTokenizer.from_pretrained(TINY)("4")["input_ids"][0]
+FOUR = AutoTokenizer.from_pretrained(TINY_BASE)("4")["input_ids"][0]
 PROBLEMS = {p["prompt"]: p for p in load_problems(str(ROOT / "tiny/train.jsonl"))}
 
 
@@ -493,9 +493,9 @@ def first_step(tmp_path, monkeypatch):
             seen.gradients.append(torch.cat([p.grad.flatten() for p in optimizer.params]))
             return clip(optimizer, max_norm)
 
-        def sample(model, prompts, *args, n, **settings):
-            rollout = generate(model, prompts, *args, n=n, **settings)
-            seen.prompts = [prompt for prompt in prompts for _ in range(n)]
+        def sample(model, prompts, *args, N, **settings):
+            rollout = generate(model, prompts, *args, N=N, **settings)
+            seen.prompts = [prompt for prompt in prompts for _ in range(N)]
             seen.responses = rollout.responses
             seen.noise = noise * torch.randn(rollout.mask.shape)
             garbage = 9.0 * ~rollout.mask  # behind its own
@@ -512,7 +512,7 @@ def first_step(tmp_path, monkeypatch):
             "--updates 2 --lr 1e-2 --budget 100 --max-new-tokens 28 "
             f"--temperature {temperature} {flags}"
         ).split())
-        model = load_model(TINY, "cpu")[0].double()
+        model = load_model(TINY_BASE, "cpu")[0].double()
         rows = zip(seen.prompts, seen.responses)
         with torch.no_grad():
             seen.start = [policy_of(model, *row, temperature) for row in rows]
@@ -523,7 +523,7 @@ def first_step(tmp_path, monkeypatch):
 
 def check_gradients(seen, objective, beta, temperature):
     """Against -sum(objective(i, H, L) - beta KL) / tokens, without padding or batches."""
-    model = load_model(TINY, "cpu")[0].double()
+    model = load_model(TINY_BASE, "cpu")[0].double()
     updates = range(6), range(6, 12)
     for weights, got, rows in zip(seen.weights, seen.gradients, updates, strict=True):
         for p, weight in zip(model.parameters(), weights):
@@ -560,9 +560,9 @@ def test_em_rl_gradient_is_plain_ppo_of_rows_alone(
     flags += " --clip 0.1 --recompute --rollout-batch 5"
     seen = first_step(em_rl, flags, temperature, noise, stop=(279, FOUR))
     assert any(response[-1] == FOUR for response in seen.responses)
-    tokenizer = load_model(TINY, "cpu")[1]
+    tokenizer = load_model(TINY_BASE, "cpu")[1]
     name, _, coef = name.partition(" --entropy-coef ")
-    model = load_model(TINY, "cpu")[0].double()
+    model = load_model(TINY_BASE, "cpu")[0].double()
     old, r, clipped = [], torch.zeros(12), []
     for i, (H, L) in enumerate(seen.start):
         old.append(L + seen.noise[i, : len(L)])
@@ -611,7 +611,7 @@ def test_sft_gradient_is_that_of_transformers_loss(first_step, tmp_path):
     (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, some)), encoding="utf-8")
     flags = "--loss sft --updates 1 --rollouts 1 --prompts 12 --data"
     seen = first_step(em_ft, f"{flags} {tmp_path}/some.jsonl")
-    model, tokenizer = load_model(TINY, "cpu")
+    model, tokenizer = load_model(TINY_BASE, "cpu")
     total, num_tokens = 0.0, 0
     for problem in some:
         prompt = tokenizer(problem["prompt"] + "\n")["input_ids"]

@@ -188,7 +188,7 @@ def em_inf(sizes, folder):
     for owner, name in (sharpener, "sharpen"), (our_sampler, "prefill"), (our_sampler, "generate"):
         clock(owner, name, device, seconds)
     for tokens in 4, length:  # the first time warms up
-        our_sampler.generate(model, prompts, [], tokens, rows=rows, sharpen=sharpener.sharpen)
+        our_sampler.generate(model, prompts, [], tokens, batch_size=rows, sharpen=sharpener.sharpen)
     sharpening = 1e3 * sum(seconds["sharpen"][4:]) / length
     decoding = 1e3 * (seconds["generate"][1] - seconds["prefill"][1]) / length
     changed = sharpener.changed / sharpener.rows

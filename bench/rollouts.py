@@ -29,7 +29,7 @@ LAYERS = {"ours": GrowingLayer, "DynamicLayer": DynamicLayer, "model.generate": 
 def sample(layer, model, tokenizer, prompts, stop, length):
     if layer:
         sampler.GrowingLayer = layer
-        return sampler.generate(model, prompts, stop, length, n=4, rows=256)
+        return sampler.generate(model, prompts, stop, length, N=4, batch_size=256)
     inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     model.generate(
         **inputs.to(model.device), do_sample=True, top_k=0, max_new_tokens=length,

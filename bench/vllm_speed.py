@@ -52,7 +52,7 @@ def main():
         if len(engines) < 3:  # the third has the processor, and the other cases share it
             processors = ["scale.em_inf_vllm:EMInfVLLM"] if len(engines) == 2 else []
             engine = vllm_rollouts.start(
-                args.model, args.dtype, longest, share=0.3, rows=64,
+                args.model, args.dtype, longest, share=0.3, batch_size=64,
                 logits_processors=processors, enable_sleep_mode=False,
             )
         engines[name] = engine

@@ -110,7 +110,7 @@ def sampler_gap(model, head, prompts, stop, max_new_tokens, temperature=1.0, tra
     """
     was_training = model.training
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        rollout = generate(model, prompts, stop, max_new_tokens, temperature, n=2)
+        rollout = generate(model, prompts, stop, max_new_tokens, temperature, N=2)
         model.train(training)
         twice = [prompt for prompt in prompts for _ in range(2)]
         scored = score_all(model, head, twice, rollout.responses, temperature)

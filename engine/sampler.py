@@ -1,5 +1,5 @@
 """
-Sample from a language model: prefill, one token, n tokens.
+Sample from a language model: prefill, one token, many tokens.
 """
 import inspect
 import math
@@ -63,11 +63,11 @@ def cache_name(model):
     return "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
 
 
-def prefill(model, prompts, n):
-    """Run B prompts (token ids) through the model, once for all n responses to each.
+def prefill(model, prompts, N):
+    """Run B prompts (token ids) through the model, once for all N responses to each.
 
-    Gives the cache, and for its B x n rows the logits of the next token (B x n, V), the
-    attention mask (B x n, longest prompt) and the last position (B x n, 1).
+    Gives the cache, and for its B*N rows the logits of the next token (B*N, V), the
+    attention mask (B*N, longest prompt) and the last position (B*N, 1).
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
     ids = [torch.tensor(prompt) for prompt in prompts]
@@ -80,7 +80,7 @@ def prefill(model, prompts, n):
         if type(layer) is DynamicLayer:  # the layer of a sliding window does not grow
             cache.layers[i] = GrowingLayer()
     logits = next_logits(model, cache, ids, mask, positions)
-    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(n)  # B x n
+    rows = torch.arange(len(prompts), device=model.device).repeat_interleave(N)  # B*N
     cache.reorder_cache(rows)  # despite its name: rows may be repeated, or left out
     return cache, logits[rows], mask[rows], positions[rows, -1:]
 
@@ -120,28 +120,28 @@ class Rollout:
 
 @torch.no_grad()
 def generate(
-    model, prompts, stop, max_new_tokens, temperature=1.0, n=1, rows=128, sharpen=None,
+    model, prompts, stop, max_new_tokens, temperature=1.0, N=1, batch_size=128, sharpen=None,
     desc=None, streamer=None,
 ):
-    """Sample n responses to each of B prompts (lists of token ids): -> Rollout.
+    """Sample N responses to each of B prompts (lists of token ids): -> Rollout.
 
     A response ends with the first of the stop ids, which belongs to it, or without one at
     max_new_tokens (it is truncated). Temperature 0 is greedy. `sharpen` changes the logits
-    (b, V) that are drawn from, before the temperature, and not what is scored. At most `rows`
-    responses, or n, are sampled at once. A streamer of transformers gets the tokens of a single
-    response as they come. Raises UserError where logits are not finite.
+    (b, V) that are drawn from, before the temperature, and not what is scored. At most
+    `batch_size` responses, or N, are sampled at once. A streamer of transformers gets the tokens
+    of a single response as they come. Raises UserError where logits are not finite.
     """
     was_training = model.training
     model.eval()
-    shape = len(prompts) * n, max_new_tokens
+    shape = len(prompts) * N, max_new_tokens
     tokens = torch.full(shape, -1, device=model.device)  # -1: no token
     scores = torch.zeros(3, *shape, device=model.device)  # as one_token gives them
     stop = torch.tensor(stop, device=model.device)
     bar = tqdm(total=len(tokens), desc=desc, unit="response", leave=False, delay=5,
                disable=desc is None)
-    for group in batches([len(p) for p in prompts], math.inf, count=max(1, rows // n)):
-        cache, logits, mask, positions = prefill(model, [prompts[i] for i in group], n)
-        alive = torch.tensor([i * n + k for i in group for k in range(n)], device=model.device)
+    for group in batches([len(p) for p in prompts], math.inf, count=max(1, batch_size // N)):
+        cache, logits, mask, positions = prefill(model, [prompts[i] for i in group], N)
+        alive = torch.tensor([i * N + k for i in group for k in range(N)], device=model.device)
         for t in range(max_new_tokens):
             ids, values = one_token(logits, temperature, sharpen)
             if not values[0].isfinite().all():
@@ -168,4 +168,4 @@ def generate(
     T = (tokens >= 0).sum(1).max()
     mask = tokens[:, :T] >= 0
     responses = [row[row >= 0].tolist() for row in tokens]
-    return Rollout(n, logits.shape[-1], responses, *scores[:, :, :T].contiguous(), mask)
+    return Rollout(N, logits.shape[-1], responses, *scores[:, :, :T].contiguous(), mask)

@@ -31,7 +31,7 @@ def main():
     problem = load_problems(ROOT / "tiny/test.jsonl")[5]  # a long one
     ids = encode_prompt(tokenizer, problem["prompt"])
     torch.manual_seed(0)
-    rollout = generate(model, [ids], stop_ids(model, tokenizer), 64, n=64)
+    rollout = generate(model, [ids], stop_ids(model, tokenizer), 64, N=64)
     responses, entropy = rollout.responses, rollout.entropy
     texts = [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
     right = [is_correct(text, problem) for text in texts]

@@ -48,7 +48,7 @@ def measure(spec):
     model, tokenizer = load_model(spec["model"], "cpu")
     model = model, tokenizer, output_head(model, encode_prompt(tokenizer, problems[0]["prompt"]))
     if "n" in spec:
-        settings = dict(max_new_tokens=64, seed=spec["seed"], rows=512)
+        settings = dict(max_new_tokens=64, seed=spec["seed"], batch_size=512)
         greedy = evaluate(*model, problems, 0, **settings)
         sampled = evaluate(*model, problems, 1, n=spec["n"], **settings)
         return of_answers(greedy, sampled)
@@ -74,7 +74,7 @@ def decoded(model, problems, spec):
             "adaptive-temperature": AdaptiveTemperature(),
         }
         samples = decode_and_grade(
-            *model, problems, decoder, 128, seed=spec["seed"], rows=512, sharpeners=sharpeners
+            *model, problems, decoder, 128, seed=spec["seed"], batch_size=512, sharpeners=sharpeners
         )
         numbers[name] = summary(samples)
     return numbers

@@ -135,7 +135,9 @@ def samples_of(key, folder, problems, n, args):
         some = problems[start : start + size]
         # methods draw apart: self-consistency must not vote over the row it is compared with
         drawn = zlib.crc32(f"{name} {method} {seed} {start}".encode())
-        settings = dict(seed=drawn, rows=args.rollout_batch, allow_code=args.allow_code_execution)
+        settings = dict(
+            seed=drawn, batch_size=args.rollout_batch, allow_code=args.allow_code_execution
+        )
         if (scheme, sharpener) in (("greedy", None), ("sample", None)):
             new = evaluate(*model, some, temperature, args.tokens, n=n, **settings)
             share = None

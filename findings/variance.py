@@ -24,7 +24,7 @@ N = 4  # responses to each of 16 prompts
 
 def estimates(model, head, prompts, stop, norm):
     """Sample the prompts (token ids) once: {estimator: gradient (P,), float64}, P parameters."""
-    rollout = generate(model, prompts, stop, 64, n=N, rows=len(prompts) * N)
+    rollout = generate(model, prompts, stop, 64, N=N, batch_size=len(prompts) * N)
     prompts = [prompt for prompt in prompts for _ in range(N)]
     new = score(model, head, prompts, rollout.responses)  # (B*N, T)
     args = argparse.Namespace(entropy_coef="exact", reward_norm=norm)

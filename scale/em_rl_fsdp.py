@@ -199,8 +199,8 @@ def main(argv=None):
         problems = [p for i, p in enumerate(problems) if i // N % world == rank]
         prompts = [problem["ids"] for problem in problems]  # B*N lists of token ids
         rollout = roll_out(
-            model, prompts[::N], stop, args.max_new_tokens, args.temperature, n=N,
-            rows=args.rollout_batch, desc="rollouts" if rank == 0 else None,
+            model, prompts[::N], stop, args.max_new_tokens, args.temperature, N=N,
+            batch_size=args.rollout_batch, desc="rollouts" if rank == 0 else None,
         )
         rollout.texts = response_texts(tokenizer, rollout.responses)
         rollout.problems = problems

@@ -258,7 +258,7 @@ def evaluate_held_out(step, model, tokenizer, problems, args, folder):
         for temperature in (0, 1):
             samples = evaluate(
                 model, tokenizer, None, problems[rank::world] or problems[:1], temperature,
-                args.max_new_tokens, seed=args.seed, rows=args.rollout_batch,
+                args.max_new_tokens, seed=args.seed, batch_size=args.rollout_batch,
                 desc="held out" if rank == 0 else None,
             )
             everyone = [None] * world

@@ -24,10 +24,10 @@ from scale import shards
 from tasks.errors import UserError
 
 
-def start(model, dtype, longest, share=0.4, rows=256, **settings):
+def start(model, dtype, longest, share=0.4, batch_size=256, **settings):
     """An engine for the checkpoint `model` (folder or Hub id), asleep where it can sleep.
 
-    `longest` is the longest sequence in tokens, `rows` how many are sampled at once, and
+    `longest` is the longest sequence in tokens, `batch_size` how many are sampled at once, and
     `share` the engine's part of the GPU's memory; `settings` are further ones of vllm.LLM.
     Raises UserError without vLLM, and where it can't start.
     """
@@ -42,7 +42,7 @@ def start(model, dtype, longest, share=0.4, rows=256, **settings):
     settings = {
         "dtype": dtype,
         "max_model_len": longest,
-        "max_num_seqs": rows,
+        "max_num_seqs": batch_size,
         "gpu_memory_utilization": share,
         "enable_sleep_mode": current_platform.is_sleep_mode_available(),
         "generation_config": "vllm",  # not the checkpoint's top_p, top_k and penalties
@@ -91,10 +91,10 @@ def pack_head(model):
             layer.quant_method.process_weights_after_loading(layer)
 
 
-def sample(engine, prompts, stop, max_new_tokens, temperature, n, seed):
-    """Sample n responses to each prompt: -> (responses, logprobs), as engine.sampler.generate does.
+def sample(engine, prompts, stop, max_new_tokens, temperature, N, seed):
+    """Sample N responses to each prompt: -> (responses, logprobs), as engine.sampler.generate does.
 
-    Lists of token ids, a prompt's n responses side by side, the stop token included; and the
+    Lists of token ids, a prompt's N responses side by side, the stop token included; and the
     log-probs of the drawn tokens (len(responses), T) in nats under softmax(logits /
     temperature), zeros behind each row's own, float32 on the CPU. The same seed and weights
     draw the same responses.
@@ -105,8 +105,8 @@ def sample(engine, prompts, stop, max_new_tokens, temperature, n, seed):
     for i, prompt in enumerate(prompts):
         inputs.append({"prompt_token_ids": prompt})
         params.append(SamplingParams(
-            n=n,
-            seed=(seed * len(prompts) + i) * n,  # the k-th of the n adds k to it
+            n=N,
+            seed=(seed * len(prompts) + i) * N,  # the k-th of the N adds k to it
             temperature=temperature,
             top_p=1.0,
             top_k=0,
@@ -148,12 +148,12 @@ def sampler(
     """
     gaps = []  # nats a token
 
-    def generate(model, prompts, stop, max_new_tokens, temperature, n, desc=None, **ignored):
+    def generate(model, prompts, stop, max_new_tokens, temperature, N, desc=None, **ignored):
         load(engine, weights(model))
         responses, sampled = sample(
-            engine, prompts, stop, max_new_tokens, temperature, n=n, seed=torch.initial_seed()
+            engine, prompts, stop, max_new_tokens, temperature, N=N, seed=torch.initial_seed()
         )
-        prompts = [prompt for prompt in prompts for _ in range(n)]
+        prompts = [prompt for prompt in prompts for _ in range(N)]
         scores = score(model, head, prompts, responses, temperature, budget)
         gap = (sampled.to(model.device) - scores.logprobs)[scores.mask].abs().sum()
         sums = total({"gap": gap, "tokens": scores.mask.sum()})
@@ -163,7 +163,7 @@ def sampler(
         if desc and gaps[-1] > 2 * gaps[0] + 1e-3:
             print(f"warning: that is more than the {gaps[0]:.1g} of the first step")
         return Rollout(
-            N=n, V=model.config.get_text_config().vocab_size, responses=responses,
+            N=N, V=model.config.get_text_config().vocab_size, responses=responses,
             mean_logprobs=None, **scores._asdict(),
         )
 
@@ -177,7 +177,7 @@ def of_all(args, train, head, dtype):
     # itself; without the launcher's name all engines would be on the first GPU
     launcher = "external_launcher" if "RANK" in os.environ else None
     engine = start(
-        args.model, dtype, longest, share=args.vllm_memory, rows=args.rollout_batch,
+        args.model, dtype, longest, share=args.vllm_memory, batch_size=args.rollout_batch,
         distributed_executor_backend=launcher,
     )
     return sampler(

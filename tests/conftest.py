@@ -6,7 +6,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 
-from tests.models import TINY
+from tests.models import TINY_BASE
 
 
 @pytest.fixture(scope="session")
@@ -14,4 +14,4 @@ def tiny():
     """The tiny model and its tokenizer; not to be changed."""
     from eval import load_model
 
-    return load_model(TINY, "cpu")
+    return load_model(TINY_BASE, "cpu")

@@ -22,7 +22,7 @@ from engine import report
 from engine.files import read_jsonl
 from engine.load import load_model
 from engine.run import read_rows
-from tests.models import TINY
+from tests.models import TINY_BASE
 
 EVAL = "--device cpu --limit 8 --max-new-tokens 8 --rollout-batch 4 --out "
 TRAIN = "--device cpu --data-size 8 --val-size 4 --prompts 2 --max-new-tokens 8 --steps 9 "
@@ -75,7 +75,7 @@ flags, needed = TRAIN, "*[td]/state.pt"  # checkpoint.old, too
 if args.script == "eval.py":
     flags, needed = EVAL, "config.json"
 report.plot = report.reliability_plot = lambda *_: None
-load_model(TINY, "cpu")  # which imports a lot
+load_model(TINY_BASE, "cpu")  # which imports a lot
 os.chdir(tempfile.mkdtemp())
 ballast, run = Path(args.disk, "ballast"), Path(args.disk, "run")
 attempt(args.script, flags + "whole", 0, 0)

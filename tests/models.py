@@ -11,7 +11,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = str(ROOT / "tiny/base")
+TINY_BASE = str(ROOT / "tiny/base")
 torch.set_num_threads(1)  # with small models several threads wait for each other
 
 SMALL = dict(

@@ -16,7 +16,7 @@ from engine.sampler import generate
 from entropy import output_head
 from tasks.answers import votes
 from tasks.problems import load_problems
-from tests.models import ROOT, TINY
+from tests.models import ROOT, TINY_BASE
 
 DATA = ROOT / "tiny/test.jsonl"
 
@@ -28,9 +28,9 @@ def test_decoders_spend_what_they_say(decoder, drafts, tiny, monkeypatch):
     model, tokenizer = tiny
     calls = []
 
-    def record(model, prompts, *args, n=1, **settings):
-        rollout = generate(model, prompts, *args, n=n, **settings)
-        calls.append((n, prompts, rollout.responses))
+    def record(model, prompts, *args, N=1, **settings):
+        rollout = generate(model, prompts, *args, N=N, **settings)
+        calls.append((N, prompts, rollout.responses))
         return rollout
 
     monkeypatch.setattr(em_inf, "generate", record)
@@ -72,7 +72,7 @@ def room(tmp_path_factory):
     (room / "run").mkdir()
     (room / "run/config.json").write_text('{"script": "em_rl.py"}')
     (room / "run/samples.jsonl").write_text('{"step": 1, "response": "a"}')
-    shutil.copytree(TINY, room / "damaged")
+    shutil.copytree(TINY_BASE, room / "damaged")
     (room / "damaged/generation_config.json").write_text("{")  # it says how a response ends
     (room / "code.jsonl").write_text('{"prompt": "a", "tests": "assert f() == 1"}')
     with open(room / "whole/lock", "a") as held:
@@ -260,7 +260,7 @@ def test_no_evaluation_writes_into_a_folder_that_has_files(name, tmp_path, capsy
 def test_an_evaluation_goes_on_only_with_what_it_began_with(what, tmp_path, monkeypatch, capsys):
     """Guards against samples of two models in one table, and "-6 of 24 samples are to come"."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(TINY, "model")
+    shutil.copytree(TINY_BASE, "model")
     lines = DATA.read_text().splitlines(keepends=True)
     Path("data.jsonl").write_text("".join(lines[:8]))
     ev.main("--model model --data data.jsonl --seeds 1 --device cpu --out run".split())

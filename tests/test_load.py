@@ -13,7 +13,7 @@ from engine.load import load_model, set_up, switch_off_dropout
 from engine.sampler import generate
 from entropy import output_head
 from tasks.errors import UserError
-from tests.models import TINY, random_model, rows_of
+from tests.models import TINY_BASE, random_model, rows_of
 
 
 def test_every_script_does_without_the_attention_that_plans_each_length_anew():
@@ -50,7 +50,7 @@ def change(**settings):
 def test_a_damaged_folder_is_one_line_that_names_the_file_and_keeps_the_cause(
     file, spoil, words, tmp_path
 ):
-    shutil.copytree(TINY, tmp_path / "model")
+    shutil.copytree(TINY_BASE, tmp_path / "model")
     spoil(tmp_path / "model" / file)
     with pytest.raises(UserError, match=words) as error:
         load_model(str(tmp_path / "model"), "cpu")
@@ -69,7 +69,7 @@ def test_a_line_that_a_reader_broke_shows_its_traceback(line, broken):
     names = {"__file__": load.__file__, "__name__": "engine.load"}
     exec(compile(source.replace(line, broken), load.__file__, "exec"), names)
     with pytest.raises((NameError, AttributeError), match="nmae|too"):
-        names["load_model"](TINY, "cpu")
+        names["load_model"](TINY_BASE, "cpu")
 
 
 # ------------------------------------------------------------------------------------- noise
@@ -152,7 +152,7 @@ def test_what_is_longer_than_the_model_allows_is_refused_and_nothing_shorter(
     with pytest.raises(UserError, match="make 33,.*32 tokens.*--max-new-tokens.*--max-prompt"):
         check_model(model, prompts, 7)
     check_model(model, prompts, 6, training=True)
-    rollout = generate(model, prompts, [], 6, n=2)
+    rollout = generate(model, prompts, [], 6, N=2)
     assert rollout.mask.all() and "warning" not in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.models import ROOT, TINY
+from tests.models import ROOT, TINY_BASE
 
 sys.path.insert(0, str(ROOT / "course"))
 import look
@@ -168,9 +168,9 @@ def test_nothing_is_loaded_from_elsewhere(page, tmp_path):
 def run(tmp_path):
     """A run's folder, whose checkpoint is the base model."""
     folder = tmp_path / "run"
-    shutil.copytree(TINY, folder / "checkpoint")
+    shutil.copytree(TINY_BASE, folder / "checkpoint")
     (folder / "checkpoint/state.pt").touch()
-    config = {"script": "em_rl.py", "model": TINY, "val": em_inf.TINY["data"]}
+    config = {"script": "em_rl.py", "model": TINY_BASE, "val": em_inf.TINY["data"]}
     (folder / "config.json").write_text(json.dumps(config))
     rows = [{"step": 0, "val_greedy": 0.5}, {"step": 1, "entropy": 0.3, "length": 9}]
     write_rows(folder / "metrics.csv", [*rows, {"step": 2, "entropy": 0.1, "length": 12}])

@@ -17,7 +17,7 @@ import eval
 from engine import files, report, run
 from engine.arguments import path_name, plain_text
 from engine.load import load_model
-from tests.models import ROOT, TINY
+from tests.models import ROOT, TINY_BASE
 
 POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="takes away what Windows lacks")
 TRAIN = (
@@ -130,7 +130,7 @@ def test_a_file_that_another_program_has_open_is_tried_again(tmp_path, monkeypat
 
 def test_a_loaded_model_does_not_hang_on_its_file(tmp_path):
     """Whoever copied another model over the file changed this one, or ended it by SIGBUS."""
-    model, tokenizer = load_model(TINY, "cpu")
+    model, tokenizer = load_model(TINY_BASE, "cpu")
     run.save_model(tmp_path / "model", model, tokenizer)
     loaded, _ = load_model(str(tmp_path / "model"), "cpu")
     path = tmp_path / "model/model.safetensors"

@@ -5,7 +5,7 @@ from transformers import AddedToken
 from engine.load import load_model
 from tasks.errors import UserError
 from tasks.prompts import SYSTEM, encode_prompt, response_texts, set_template, stop_ids
-from tests.models import TINY, random_model
+from tests.models import TINY_BASE, random_model
 
 TURNS = "{% for m in messages %}[{{m.role}}]{{m.content}}<|end|>{% endfor %}"
 NO_SYSTEM = "{{ raise_exception('WORDS') if messages[0].role == 'system' }}"
@@ -30,7 +30,7 @@ ONE_TURN = f"[user]{SYSTEM}\n\nQ?<|end|>"
 @pytest.fixture
 def tokenizer():
     """The tiny model's, with a token <|end|> that is special, but on no list of such tokens."""
-    tokenizer = load_model(TINY, "cpu")[1]
+    tokenizer = load_model(TINY_BASE, "cpu")[1]
     tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
     assert 280 not in tokenizer.all_special_ids
     return tokenizer

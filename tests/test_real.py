@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tasks.errors import UserError
-from tests.models import ROOT, TINY
+from tests.models import ROOT, TINY_BASE
 
 sys.path.insert(0, str(ROOT / "findings"))
 import real
@@ -30,7 +30,7 @@ def test_the_page_says_what_the_csv_says():
 
 
 def settings(**more):
-    chosen = dict(model=TINY, device="cpu", dtype="float32", tokens=12, rollout_batch=4,
+    chosen = dict(model=TINY_BASE, device="cpu", dtype="float32", tokens=12, rollout_batch=4,
                   allow_code_execution=False)
     return argparse.Namespace(**chosen | more)
 

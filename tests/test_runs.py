@@ -31,7 +31,7 @@ from engine.guard import collapsed
 from engine.inputs import digest_of_model
 from engine.load import load_model
 from engine.optimizer import MasterAdamW
-from tests.models import ROOT, TINY, random_model
+from tests.models import ROOT, TINY_BASE, random_model
 
 FLAGS = (
     "--device cpu --data-size 32 --prompts 4 --val-size 4 --max-new-tokens 8 --steps 4 "
@@ -103,7 +103,7 @@ def test_hybrids_and_dropout_train_resume_are_evaluated_and_decode(kind, capsys)
     """Guards against 'LinearAttentionLayer' object has no attribute 'batch_repeat_interleave', and
     against training with the dropout of a config."""
     random_model(kind).save_pretrained("model")
-    AutoTokenizer.from_pretrained(TINY).save_pretrained("model")
+    AutoTokenizer.from_pretrained(TINY_BASE).save_pretrained("model")
     data = f"--data {ROOT}/tiny/test.jsonl "
     flags = f"{data} --model model --val {ROOT}/tiny/test.jsonl --recompute --eval-every 1 --out"
     train(f"{flags} a --steps 2")
@@ -176,12 +176,12 @@ def test_adapters_start_as_the_base_leave_it_as_it_is(script):
     for key in "entropy", "length":
         assert first[key] == pytest.approx(metrics("plain")[1][key], rel=1e-5)
     assert abs(first["kl"]) < 1e-7 < second["kl"]
-    args = argparse.Namespace(resume="adapters", lora=4, model=TINY, seed=1)
+    args = argparse.Namespace(resume="adapters", lora=4, model=TINY_BASE, seed=1)
     model, _, adapters = run.load(args, "cpu", torch.float32)
     ids = torch.arange(40, 60)[None]
     plain, loaded = (
         load_model(name, "cpu")[0](ids).logits.softmax(-1)
-        for name in (TINY, "adapters/checkpoint")
+        for name in (TINY_BASE, "adapters/checkpoint")
     )
     trained = model(ids).logits.softmax(-1)
     with adapters.disable_adapter():
@@ -223,7 +223,7 @@ def test_each_pass_over_the_prompts_has_an_order_of_its_own():
 
 def test_a_training_prompt_with_tests_asks_for_a_program():
     """Coding prompts were trained under the system prompt that asks for a box."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer = AutoTokenizer.from_pretrained(TINY_BASE)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     coding = {"id": "f", "prompt": "f?", "tests": "assert f() == 1"}
     problems = [coding, {"id": "2", "prompt": "2?"}]
@@ -235,7 +235,7 @@ def test_a_training_prompt_with_tests_asks_for_a_program():
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3_text", "gpt2"])
 def test_em_rl_runs_on_architecture(kind):
     random_model(kind).to(torch.bfloat16).save_pretrained("model")
-    AutoTokenizer.from_pretrained(TINY).save_pretrained("model")
+    AutoTokenizer.from_pretrained(TINY_BASE).save_pretrained("model")
     data = ROOT / "tiny/train.jsonl"
     train(f"--model model --data {data} --val none --steps 2 --lr 1e-4 --out new")
     _, first, last = metrics("new")
@@ -364,8 +364,8 @@ def test_help_says_what_the_number_of_rows_changes(main, capsys):
 
 def test_any_file_of_a_model_identifies_it(tmp_path):
     """A large file is not read as a whole, and one of zeros in its place is seen all the same."""
-    shutil.copytree(TINY, "model")
-    digests = [digest_of_model(TINY), digest_of_model("model")]
+    shutil.copytree(TINY_BASE, "model")
+    digests = [digest_of_model(TINY_BASE), digest_of_model("model")]
     assert digests[0] == digests[1]
     for size in 2**18, 2**26 + 2**20:
         Path("model/more.safetensors").write_bytes(b"\1" * size)
@@ -374,7 +374,7 @@ def test_any_file_of_a_model_identifies_it(tmp_path):
         digests.append(digest_of_model("model"))
     assert len(set(digests)) == 5
     snapshot = tmp_path / "snapshots/c0ffee"
-    shutil.copytree(TINY, snapshot)
+    shutil.copytree(TINY_BASE, snapshot)
     assert digest_of_model(str(snapshot)) == "commit c0ffee"
 
 
@@ -582,7 +582,7 @@ INPUTS = [  # what happens to an input while a run is not at work, and words of 
 def test_a_run_goes_on_only_with_what_it_began_with(change, words, tmp_path, monkeypatch):
     for name, file in ("data", "train"), ("val", "test"):
         Path(f"{name}.jsonl").write_text("".join(rows_of(ROOT / f"tiny/{file}.jsonl")[:32]))
-    shutil.copytree(TINY, "base")
+    shutil.copytree(TINY_BASE, "base")
     flags = "--model base --data data.jsonl --val val.jsonl --steps 2"
     train(f"{flags} --data-size 99 --val-size 32 --out new")
     Path("elsewhere").mkdir()
@@ -599,7 +599,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(change, words, tmp_path, mon
         em_rl.main("--resume new --steps 4 --data elsewhere/data.jsonl".split())
         assert saved_step("new") == 4
     if "base" in words:  # the same model elsewhere
-        em_rl.main(["--resume", "new", "--steps", "4", "--model", TINY])
+        em_rl.main(["--resume", "new", "--steps", "4", "--model", TINY_BASE])
 
 
 FOREIGN = {

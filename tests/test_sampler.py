@@ -44,7 +44,7 @@ def test_tokens_are_transformers_and_scores_the_trainers(kind, settings, monkeyp
         together = rollout.responses
         assert model.training and together == reference(model.eval(), prompts, *how)
         for prompt, response in zip(prompts, together):
-            alone = generate(model, [prompt], *how[:3], n=2, sharpen=sharpen).responses
+            alone = generate(model, [prompt], *how[:3], N=2, sharpen=sharpen).responses
             assert alone == [response] * 2
         scored = score_all(model, head, prompts, together, how[2] or 1.0)
         assert torch.equal(rollout.mask, scored.mask)
@@ -67,8 +67,8 @@ def test_samples_have_transformers_distribution_whatever_the_checkpoint_says():
     torch.manual_seed(0)
     theirs = reference(model, [p for p in prompts for _ in range(2048)], [3], 3, 1.0)
     vars(model.generation_config).update(top_k=1, temperature=0.1, repetition_penalty=3.0)
-    ours = generate(model, prompts, [3], 3, n=2048, rows=4096).responses
-    cold = generate(model, prompts, [3], 3, 0.7, n=2048).responses
+    ours = generate(model, prompts, [3], 3, N=2048, batch_size=4096).responses
+    cold = generate(model, prompts, [3], 3, 0.7, N=2048).responses
     for outcome in tuple, len, lambda response: response[-1] == 3:
         a, b, c = [[(i // 2048, outcome(r)) for i, r in enumerate(x)] for x in (theirs, ours, cold)]
         assert p_value(a, b) > 1e-3 > p_value(a, c)
@@ -77,13 +77,13 @@ def test_samples_have_transformers_distribution_whatever_the_checkpoint_says():
 def test_a_prompt_is_run_once_and_ended_rows_leave():
     model, prompts, shapes = random_model("qwen2"), rows_of(9, 4, 6), []
     model.model.embed_tokens.register_forward_pre_hook(lambda _, x: shapes.append([*x[0].shape]))
-    responses = generate(model, prompts, STOPS, 20, n=8).responses
+    responses = generate(model, prompts, STOPS, 20, N=8).responses
     alive = [sum(len(response) > t for response in responses) for t in range(1, 20)]
     assert shapes == [[3, 9]] + [[rows, 1] for rows in alive] and alive[-1] > 0
     for *others, last in responses:
         assert (last in STOPS or len(others) == 19) and not set(others) & set(STOPS)
     shapes.clear()
-    generate(model, prompts, STOPS, 20, n=8, rows=17)
+    generate(model, prompts, STOPS, 20, N=8, batch_size=17)
     assert [shape for shape in shapes if shape[1] > 1] == [[2, 9], [1, 4]]
 
 

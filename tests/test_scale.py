@@ -34,7 +34,7 @@ from engine.load import load_model
 from engine.sampler import generate
 from entropy import output_head, score
 from scale import em_rl_fsdp, shards
-from tests.models import ROOT, TINY, random_model, rows_of
+from tests.models import ROOT, TINY_BASE, random_model, rows_of
 
 FLAGS = (
     "--device cpu --data-size 64 --prompts 8 --val-size 3 --max-new-tokens 20 --steps 5 "
@@ -200,7 +200,7 @@ def runs(tmp_path_factory):
     os.chdir(folder)
     for kind, tied in ("qwen3", True), ("llama", False):
         random_model(kind, tie_word_embeddings=tied).save_pretrained(kind)
-        AutoTokenizer.from_pretrained(TINY).save_pretrained(kind)
+        AutoTokenizer.from_pretrained(TINY_BASE).save_pretrained(kind)
     Path("same.jsonl").write_text(8 * '{"prompt": "Mod 10, left to right: 6-3-7*4+4"}\n')
     with by_prompt():
         for name, flags in SAME.items():

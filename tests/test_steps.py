@@ -15,7 +15,7 @@ from tasks.errors import UserError
 from tasks.problems import load_problems, scicode
 from tasks.scores import summary
 from tasks.steps import PROGRAM, pieces
-from tests.models import TINY
+from tests.models import TINY_BASE
 
 
 def main_problem(number, noun, factor):
@@ -62,16 +62,16 @@ def asked(tmp_path, monkeypatch):
                 # the benchmark's data is not here, so the tests are without it
                 problem |= {"tests": step["test_cases"][0], "limits": [20, 2**30]}
                 file.write(json.dumps(problem) + "\n")
-    tokenizer = ev.load_model(TINY, "cpu")[1]
+    tokenizer = ev.load_model(TINY_BASE, "cpu")[1]
     rounds = []
 
-    def generate(model, prompts, stop, max_new_tokens, temperature=1.0, n=1, **_):
+    def generate(model, prompts, stop, max_new_tokens, temperature=1.0, N=1, **_):
         texts = [tokenizer.decode(prompt) for prompt in prompts]
-        rounds.append((texts, n))
+        rounds.append((texts, N))
         responses = []
         for text in texts:
             name = re.findall(r"Complete this function:\n```python\ndef (\w+)", text)[0]
-            for k in range(n):
+            for k in range(N):
                 code = ANSWERS[name][k % len(ANSWERS[name])]
                 responses.append(tokenizer(f"```python\n{code}\n```")["input_ids"] + stop[:1])
         zeros = torch.zeros(len(responses), 1)
@@ -85,7 +85,7 @@ def asked(tmp_path, monkeypatch):
     for script in ev, em_inf:
         monkeypatch.setattr(script, "generate", generate)
         monkeypatch.setattr(script, "score_all", score_all)
-    monkeypatch.setattr(ev.scores, "reliability_plot", lambda *_: None)
+    monkeypatch.setattr(ev.report, "reliability_plot", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     return rounds
 
@@ -142,7 +142,7 @@ def test_resume_and_regrade_find_the_steps_before(asked, capsys):
 
 
 def test_em_inf_asks_steps_in_rounds(asked):
-    model, tokenizer = ev.load_model(TINY, "cpu")
+    model, tokenizer = ev.load_model(TINY_BASE, "cpu")
     problems = load_problems("steps.jsonl")
     settings = dict(max_new_tokens=8, allow_code=True)
     samples = em_inf.decode_and_grade(model, tokenizer, None, problems, "em-inf", **settings)
@@ -153,7 +153,7 @@ def test_em_inf_asks_steps_in_rounds(asked):
 def test_training_refuses_steps(asked):
     """Guards against training on prompts in which the programs of the steps before are missing."""
     args = types.SimpleNamespace(data="steps.jsonl", max_prompt_tokens=9999, prompts=1)
-    tokenizer = ev.load_model(TINY, "cpu")[1]
+    tokenizer = ev.load_model(TINY_BASE, "cpu")[1]
     with pytest.raises(UserError, match="steps.jsonl: scicode/1.2 comes after"):
         run.prepare(load_problems("steps.jsonl"), tokenizer, None, args)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import ROOT, TINY
+from tests.models import ROOT, TINY_BASE
 
 pytest.importorskip("vllm", reason="vLLM is not installed; the README says how to get it")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
@@ -208,7 +208,7 @@ def start():
 
 @pytest.fixture(scope="module")
 def engine(start):
-    return start(TINY, logits_processors=[EMInfVLLM])
+    return start(TINY_BASE, logits_processors=[EMInfVLLM])
 
 
 def tiny_prompts(tokenizer, count):
@@ -219,7 +219,7 @@ def tiny_prompts(tokenizer, count):
 def gap(engine, model, prompts, temperature=1.0):
     """Largest |difference| in nats between vLLM's log-probs of what it draws and score_all's."""
     responses, sampled = vllm_rollouts.sample(
-        engine, prompts, [279], max_new_tokens=16, temperature=temperature, n=2, seed=1
+        engine, prompts, [279], max_new_tokens=16, temperature=temperature, N=2, seed=1
     )
     head = output_head(model, prompts[0])
     repeated = [prompt for prompt in prompts for _ in range(2)]
@@ -236,15 +236,15 @@ def test_rollouts_have_the_sampler_s_format_and_the_trainer_s_log_probs(engine, 
     prompts = tiny_prompts(tokenizer, 16)
     stop = stop_ids(model, tokenizer)
     vllm_rollouts.load(engine, model.named_parameters())
-    responses, sampled = vllm_rollouts.sample(engine, prompts, stop, 24, temperature, n=4, seed=1)
+    responses, sampled = vllm_rollouts.sample(engine, prompts, stop, 24, temperature, N=4, seed=1)
     assert len(responses) == 64 and sampled.shape == (64, max(map(len, responses)))
     assert sampled.dtype == torch.float32
     for response in responses:
         assert len(response) == 24 or response[-1] in stop
         assert not any(token in stop for token in response[:-1])
     assert len({tuple(response) for response in responses[:4]}) > 1  # a seed for each of the four
-    again, _ = vllm_rollouts.sample(engine, prompts, stop, 24, temperature, n=4, seed=1)
-    other, _ = vllm_rollouts.sample(engine, prompts, stop, 24, temperature, n=4, seed=2)
+    again, _ = vllm_rollouts.sample(engine, prompts, stop, 24, temperature, N=4, seed=1)
+    other, _ = vllm_rollouts.sample(engine, prompts, stop, 24, temperature, N=4, seed=2)
     assert again == responses and other != responses
     assert gap(engine, model, prompts, temperature) < 1e-3
 
@@ -256,9 +256,9 @@ def test_the_drawn_tokens_are_distributed_as_our_own_sampler_s(engine, tiny):
     stop = stop_ids(model, tokenizer)
     vllm_rollouts.load(engine, model.named_parameters())
     torch.manual_seed(0)
-    rollout = generate(model, prompts, stop, 64, n=8, rows=1024)
+    rollout = generate(model, prompts, stop, 64, N=8, batch_size=1024)
     ours, our_logprobs = rollout.responses, rollout.logprobs
-    theirs, their_logprobs = vllm_rollouts.sample(engine, prompts, stop, 64, 1.0, n=8, seed=1)
+    theirs, their_logprobs = vllm_rollouts.sample(engine, prompts, stop, 64, 1.0, N=8, seed=1)
     pairs = [
         (our_logprobs.sum(-1), their_logprobs.sum(-1)),
         (torch.tensor([len(r) for r in ours]), torch.tensor([len(r) for r in theirs])),
@@ -336,7 +336,7 @@ def test_untouched_requests_equal_those_of_an_engine_without_the_processor(start
     model, tokenizer = tiny
     prompts = tiny_prompts(tokenizer, 64)
     vllm_rollouts.load(engine, model.named_parameters())
-    plain = start(TINY)
+    plain = start(TINY_BASE)
     deltas = [0.05 + 0.01 * i for i in range(0, 64, 2)]
     mixed = []
     for delta in deltas:
