@@ -1,6 +1,6 @@
 """
-EM-INF: sharper decoding without training. At every step the next token's logits go a few
-steps downhill in their own entropy, and then the token is drawn.
+EM-INF: sharper decoding without training. Before each token is drawn, its logits take a few steps
+of gradient descent on their own entropy.
 
     python em_inf.py                                          # the tiny model: a table
     python em_inf.py --prompt "Mod 10, left to right: 8-7*6"  # one answer, streamed
@@ -11,19 +11,19 @@ In your own code, with any causal model, batch and other processors of transform
     from em_inf import EMInf
     model.generate(**inputs, do_sample=True, temperature=0.1, logits_processor=[EMInf()])
 
-It works on the logits as the model gives them, before the sampling temperature. The most
-likely token stays so (nearly always: see `minimize_entropy`), so greedy decoding does not
+It works on the logits as the model gives them, before the sampling temperature. The most likely
+token stays the most likely (nearly always: see `minimize_entropy`). So greedy decoding does not
 change, and EM-INF matters only where tokens are sampled.
 
-Decoders: greedy; sample; self-consistency, the most common answer of 4; refine, 3 times with
-the answer before in the prompt; em-inf and adaptive-temperature, alone or before one of these
-(em-inf+refine). Behind "@" stands a sampling temperature.
+Decoders: greedy; sample; self-consistency, which takes the most common of 4 answers; refine,
+which answers 3 times, with the last answer in the prompt; em-inf and adaptive-temperature, alone
+or together with one of these (em-inf+refine). "@0.7" at the end sets the sampling temperature.
 
 Departures from the paper (arXiv 2505.15134) and its released code:
-  - A batch at once, and every row stops by itself. The released code sums the entropy over
+  - It works on a batch, and every row stops by itself. The released code sums the entropy over
     the batch, so it is right for a single row only.
   - A masked token (logit -inf) stays masked. In the released code it makes the row nan.
-  - The entropy is exact: nothing is added to a probability.
+  - The entropy is exact: no epsilon is added to a probability.
 """
 import argparse
 import functools
@@ -72,26 +72,13 @@ TINY = dict(
     max_new_tokens=64,
     rollout_batch=512,
 )
-SCHEMES = {  # responses to a prompt at once, and rounds, each with the answer before in the prompt
-    "greedy": (1, 1),
-    "sample": (1, 1),
-    "self-consistency": (4, 1),
-    "refine": (1, 3),
-}
-SHARPENERS = "em-inf", "adaptive-temperature"
-LEVELS = 0.1, 0.3, 0.7, 1.2, 2.0  # nats, at which the ground of a token changes
-GROUNDS = "0 48;5;195;30 48;5;153;30 48;5;111;30 48;5;69;30 48;5;27;97".split()  # of a terminal
-DECODERS = (
-    "greedy,sample,sample@0.1,adaptive-temperature,em-inf,self-consistency,refine,"
-    "em-inf+self-consistency"
-)
 
 # ------------------------------------------------------------------------------- the method
 
 
 def in_cache(function):
-    """On a CPU, call a function of (B, V) logits for rows of some 2^18 logits at a time, which
-    stay in the processor's cache."""
+    """On a CPU, call a function of (B, V) logits for about 2^18 logits at a time, which stay in
+    the processor's cache."""
 
     @functools.wraps(function)
     def wrapper(logits, *args, **settings):
@@ -125,8 +112,9 @@ def minimize_entropy(logits, delta=0.3, lr=0.1, steps=3, kl_weight=0.05, optimiz
 
     Under sgd the most likely token keeps its place, and tokens less likely than e^-(H + 1)
     can change theirs. Adam divides each gradient by its own size: a token more likely than
-    e^-H rises by some lr a step, every other one falls by it. So at lr 1 near ties change
-    places, also the first; at the released settings none did in 20,000 random rows.
+    e^-H rises by about lr a step, and every other token falls by as much. So at lr 1 tokens of
+    nearly equal logits change places, even the first two; at the released settings none did in
+    20,000 random rows.
 
     A logit of -inf stays so, and a row with nan becomes nan. The result is float32 (float64
     for float64). Raises ValueError for settings out of range.
@@ -256,6 +244,18 @@ class AdaptiveTemperature(Sharpen):
 
 
 # ------------------------------------------------------------------------------- its rivals
+
+SCHEMES = {  # responses to a prompt at once, and rounds, each with the answer before in the prompt
+    "greedy": (1, 1),
+    "sample": (1, 1),
+    "self-consistency": (4, 1),
+    "refine": (1, 3),
+}
+SHARPENERS = "em-inf", "adaptive-temperature"
+DECODERS = (
+    "greedy,sample,sample@0.1,adaptive-temperature,em-inf,self-consistency,refine,"
+    "em-inf+self-consistency"
+)
 
 
 def parse_decoder(name, temperature=1.0):
@@ -412,9 +412,13 @@ def main(argv=None):
     print(f"{time.time() - started:.0f} s")
 
 
+LEVELS = 0.1, 0.3, 0.7, 1.2, 2.0  # nats, at which a token's background changes
+BACKGROUNDS = "0 48;5;195;30 48;5;153;30 48;5;111;30 48;5;69;30 48;5;27;97".split()
+
+
 def answer_one(args, model, tokenizer, em_inf):
     """Print one answer as it comes, until Ctrl-C: in a terminal that has colours, each token on a
-    ground of its entropy."""
+    background that shows its entropy."""
     streamer, ids, entropy = TextStreamer(tokenizer, skip_special_tokens=True), [], []
 
     def sharpen(logits):
@@ -425,14 +429,14 @@ def answer_one(args, model, tokenizer, em_inf):
         before = tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")
         ids.extend(drawn.tolist())
         text = tokenizer.decode(ids, skip_special_tokens=True).rstrip("\ufffd")  # whole characters
-        colour = f"\x1b[{GROUNDS[bisect(LEVELS, entropy[-1])]}m"
+        colour = f"\x1b[{BACKGROUNDS[bisect(LEVELS, entropy[-1])]}m"
         added = text[len(before) :].replace("\n", f"\x1b[0m\n{colour}")
         print(f"{colour}{added}\x1b[0m", end="", flush=True)
 
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         streamer.put, streamer.end = put, print
-        grounds = zip(GROUNDS, ("under 0.1", *LEVELS))
-        print("nats:", *(f"\x1b[{code}m {least} \x1b[0m" for code, least in grounds))
+        backgrounds = zip(BACKGROUNDS, ("under 0.1", *LEVELS))
+        print("nats:", *(f"\x1b[{code}m {least} \x1b[0m" for code, least in backgrounds))
     torch.manual_seed(1)
     try:
         generate(

@@ -253,7 +253,7 @@ def main(argv=None):
     add("--n", type=positive_int, default=1, help="answers a problem and seed, for pass@n")
     add("--seeds", type=positive_int, default=3, help="seeds 1 to SEEDS; one for greedy")
     add("--max-new-tokens", type=positive_int, default=64,
-        help="longest response, tokens; a real model needs some 3072")
+        help="longest response, tokens; a real model needs about 3072")
     add("--rollout-batch", type=positive_int, default=512, help="responses sampled at once; "
         "another number draws other samples, and the same greedy ones")
     add("--allow-code-execution", action="store_true",

@@ -94,7 +94,7 @@ def comma_list(text):
 
 
 def template_settings(text):
-    """"enable_thinking=false,effort=low" -> its parts. A comma in a value is none between two."""
+    """"enable_thinking=false,effort=low" -> its parts. A comma inside a value separates nothing."""
     parts = re.split(r",(?=\w+=)", text)
     for part in parts:
         key, found, _ = part.partition("=")

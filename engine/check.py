@@ -104,7 +104,7 @@ def check_class(model, prompt, max_new_tokens, training):
 
 def sampler_gap(model, head, prompts, stop, max_new_tokens, temperature=1.0, training=True):
     """Mean |difference| in nats between the log-probs that the sampler and the scorer give to
-    drawn tokens: rounding in float32, some hundredths in bfloat16, a bug where it is more.
+    drawn tokens: rounding in float32, a few hundredths in bfloat16, and a bug if it is more.
 
     `training` scores in train mode, in which gradients are taken. The sampler is in eval mode.
     """

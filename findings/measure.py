@@ -131,8 +131,8 @@ def of_answers(greedy, sampled):
         }
         parts[reward] |= {f"surest of {k}": share for k, share in forecast["surest"].items()}
         for name, right in ("worked right", True), ("worked wrong", False):
-            paid = [sign * sample[key] for sample in worked if sample["correct"] == right]
-            parts[reward][name] = np.mean(paid) if paid else np.nan
+            rewards = [sign * sample[key] for sample in worked if sample["correct"] == right]
+            parts[reward][name] = np.mean(rewards) if rewards else np.nan
     return parts
 
 

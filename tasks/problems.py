@@ -136,7 +136,7 @@ def leetcode(row):
 
 
 def livecodebench(row):
-    """All tests, some GB for 511 problems: stdin and stdout, or calls of Solution's method."""
+    """All tests, several GB for 511 problems: stdin and stdout, or calls of Solution's method."""
     tests = json.loads(row["public_test_cases"]) + private_tests(row["private_test_cases"])
     if tests[0]["testtype"] == "stdin":
         task = "Write a program that reads the input from stdin and prints the output to stdout."
