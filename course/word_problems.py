@@ -10,11 +10,11 @@ that entropy minimisation can bring out: see "From the toy to a real model" in R
     direct    \\boxed{16}
     rambling  Maybe 31, maybe 8, maybe 26, maybe 17, \\boxed{17}
 
-A problem has 2 to 4 steps, in hard.jsonl 5 or 6. A worked step is wrong now and then, and its
-writer goes on from the wrong number; longer problems are answered directly more often. So the
-model can solve more than it usually does, and is surest of what it works out. No sentence of
-test.jsonl and hard.jsonl, and no sum, difference or product that they ask for, is anywhere in
-train.jsonl.
+A problem has 2 to 4 steps, or 5 to 6 in hard.jsonl. Some worked steps are wrong, and the solution
+continues from the wrong number. Longer problems are answered directly more often. So a model can
+solve more problems than it usually does, and it is surest of the answers that it works out.
+train.jsonl has no sentence of the other two files, and no sum, difference or product that they ask
+for.
 """
 import argparse
 import json
@@ -31,7 +31,7 @@ from engine.run import command
 ASK = "Answer with the number in \\boxed{}."
 NAMES = "Mia Noah Lena Omar Ruth Ivan Yuki Paul Ana Karl".split()
 THINGS = "shells stamps apples coins marbles books pencils cards".split()
-SENTENCES = {  # a first one, a last one, and what happens between them; {n} is the number
+SENTENCES = {  # the first of a problem, the last, and those of the steps; {n} is a number
     "train": {
         "start": ["{name} has {n} {things}.", "There are {n} {things} in {name}'s box."],
         "+": ["Then {n} more are bought.", "A friend brings {n} more.", "{n} more turn up.",
@@ -53,12 +53,14 @@ SENTENCES = {  # a first one, a last one, and what happens between them; {n} is 
 
 
 def held_out(number, op, n):
-    """Is this step, whatever its sign, in the quarter of all that only test problems have?"""
+    """Is this step in the quarter of all steps that only test problems have? Its sign does not
+    matter."""
     return (number // 2 + n) % 4 == 3
 
 
 def chain(rng, kind, steps):
-    """[("+", 7), ("-", 4)] and the numbers passed through, [12, 19, 15], all from 1 to 99."""
+    """Random steps, as in [("+", 7), ("-", 4)], and their start and results, as in [12, 19, 15].
+    All results are from 1 to 99."""
     results = [rng.randrange(2, 60)]
     ops = []
     while len(ops) < steps:
@@ -108,7 +110,7 @@ def problem(rng, kind, lengths, args):
         sentence = rng.choice(SENTENCES[kind][place])
         sentences.append(sentence.format(n=n, **words))
     text = solution(rng, ops, results, args)
-    while kind == "train" and any(held_out(*step) for step in steps_of(text)):  # behind a slip
+    while kind == "train" and any(held_out(*step) for step in steps_of(text)):  # after a wrong step
         text = solution(rng, ops, results, args)
     return {
         "prompt": " ".join([*sentences, ASK]),
@@ -126,15 +128,15 @@ def main(argv=None):
     add("--size", type=positive_int, default=12_000, help="problems in train.jsonl")
     add("--test-size", type=positive_int, default=256, help="problems in each of the others")
     add("--direct", type=nonnegative, default=0.2, metavar="SHARE", help="of direct answers to "
-        "two steps; each further step adds as much")
+        "problems of two steps; each further step adds the same share")
     add("--rambling", type=nonnegative, default=0.06, metavar="SHARE", help="of rambling answers")
-    add("--noise", type=nonnegative, default=0.05, metavar="SHARE", help="of wrong steps among "
-        "the worked ones")
-    add("--seed", type=whole_number, default=1, help="of everything")
+    add("--noise", type=nonnegative, default=0.05, metavar="SHARE", help="of worked steps that are "
+        "wrong")
+    add("--seed", type=whole_number, default=1, help="of the problems and solutions")
     args = parser.parse_args(argv)
     if 3 * args.direct + args.rambling > 1:
-        parser.error(f"--direct {args.direct}: four steps would have 3 times that share, and "
-                     f"--rambling {args.rambling}: more than all answers")
+        parser.error(f"--direct {args.direct} --rambling {args.rambling}: of problems with four "
+                     "steps, 3 x direct + rambling are not worked, and that may be at most 1")
     for name in ("train", "test", "hard"):
         refuse_to_replace(args.out / f"{name}.jsonl", f'{{"id": "{name}/0", "prompt"')
     args.out.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,7 @@ def main(argv=None):
         for i, one in enumerate(problems.values()):
             lines.append(json.dumps({"id": f"{name}/{i}"} | one) + "\n")
         replace_file(args.out / f"{name}.jsonl", "".join(lines))
-    print(f"{args.out}: {args.size} problems to train on, twice {args.test_size} to test with")
+    print(f"{args.out}: {args.size} training problems, and 2 x {args.test_size} test problems")
 
 
 if __name__ == "__main__":
