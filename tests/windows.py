@@ -18,7 +18,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import filelock  # noqa: F401
-import math_verify  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import transformers
 
