@@ -43,7 +43,7 @@ from eval import evaluate_held_out
 from tasks.problems import load_problems
 from tasks.prompts import response_texts, stop_ids
 
-HERE, NAME = Path(__file__).parent, Path(__file__).name
+HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
 TINY = dict(
     model=str(HERE / "tiny/base"),
     data=str(HERE / "tiny/train.jsonl"),

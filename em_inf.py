@@ -63,7 +63,7 @@ from tasks.prompts import encode_problem, encode_prompt, response_texts, stop_id
 from tasks.scores import table
 from tasks.steps import ask_in_rounds
 
-HERE, NAME = Path(__file__).parent, Path(__file__).name
+HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
 TINY = dict(
     model=str(HERE / "tiny/base"),
     data=str(HERE / "tiny/test.jsonl"),

@@ -52,7 +52,7 @@ from tasks.answers import is_correct, votes
 from tasks.problems import load_problems
 from tasks.prompts import response_texts, stop_ids
 
-HERE, NAME = Path(__file__).parent, Path(__file__).name
+HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
 TINY = dict(
     model=str(HERE / "tiny/base"),
     data=str(HERE / "tiny/train.jsonl"),

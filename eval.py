@@ -62,7 +62,7 @@ from tasks.problems import HUB, load_gradable, load_problems
 from tasks.prompts import encode_problem, response_texts, stop_ids
 from tasks.steps import as_asked, ask_in_rounds, pieces
 
-HERE, NAME = Path(__file__).parent, Path(__file__).name
+HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
 DECODERS = {0: "greedy", 1: "sample"}  # by temperature
 NOT_SAVED = "resume regrade compare out device shard".split()
 

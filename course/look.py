@@ -166,8 +166,9 @@ def main(argv=None):
     add("--lr", type=positive, default=0.1, help="of EM-INF's descent")
     add("--out", type=Path, default=Path("runs/look.html"), help="the page")
     args = parser.parse_args(argv)
-    template = Path(__file__).with_name("look.html").read_text(encoding="utf-8")
+    template = Path(__file__).resolve().with_name("look.html").read_text(encoding="utf-8")
     refuse_to_replace(args.out, template[:99])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     models, source, curves = args.model or [TINY["model"]], args.data or TINY["data"], ""
     if args.run:
         config = read_config(args.run)
@@ -197,7 +198,6 @@ def main(argv=None):
     page = string.Template(template).substitute(
         about=about, curves=curves, responses=responses, data=data
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(args.out, page)
     print(f"{args.out}: {args.out.stat().st_size / 1000:,.0f} kB; open it in a browser")
 

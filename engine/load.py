@@ -91,6 +91,7 @@ def check_files(folder):
         except ValueError as error:
             raise UserError(f"{path}: damaged, it is not JSON ({one_line(error)})") from error
     for path in sorted(folder.glob("*.safetensors")):
+        path.open("rb").close()  # of one that may not be read safetensors says: no such file
         try:
             safetensors.safe_open(path, "pt")
         except safetensors.SafetensorError as error:

@@ -572,10 +572,14 @@ class StopSignal:
             os.write(2, message.encode())  # print may be in the middle of another line
 
 
+# of a name or a folder that the system does not take; EINVAL is how Windows says it of a "?"
+REFUSED = "EACCES EPERM EROFS ENAMETOOLONG ENOTDIR EISDIR ELOOP EINVAL".split()
+
+
 def command(main):
-    """A decorator for a script's main. A UserError, a full disk, too little memory and Ctrl-C end
-    it with one line; every other exception keeps its traceback. Afterwards its locks are released,
-    and signals are handled as they were before."""
+    """A decorator for a script's main. A UserError, a full disk, a name or folder that the system
+    refuses, too little memory and Ctrl-C end it with one line; every other exception keeps its
+    traceback. Afterwards its locks are released, and signals are handled as they were before."""
 
     @functools.wraps(main)
     def wrapper(argv=None):
@@ -591,9 +595,11 @@ def command(main):
             sys.exit(f"{name}: out of memory: {reason} Less is needed with a smaller --budget, "
                      "--rollout-batch or --max-new-tokens, with --offload, or with --beta 0")
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                sys.exit(f"{name}: {error}; make room, and go on with --resume FOLDER")
+            if error.filename is None or errno.errorcode.get(error.errno) not in REFUSED:
                 raise
-            sys.exit(f"{name}: {error}; make room, and go on with --resume FOLDER")
+            sys.exit(f"{name}: {error.filename}: {error.strerror}; give another file or folder")
         except KeyboardInterrupt:
             sys.exit(f"{name}: stopped at once; the last checkpoint, if any, is as it was")
         finally:

@@ -57,7 +57,7 @@ from tasks.errors import UserError
 from tasks.problems import load_problems
 from tasks.prompts import response_texts, stop_ids
 
-NAME = Path(__file__).name
+NAME = Path(__file__).resolve().name
 EM_FT = dict(rollouts=1, steps=40, beta=0.0, entropy_coef=-1.0)  # what --method ft sets
 
 # -------------------------------------------------------------------------- rank 0's set-up

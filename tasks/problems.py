@@ -398,7 +398,7 @@ def load_problems(name_or_path):
     elif name == "indval":
         raise UserError(INDVAL)
     elif os.path.exists(name) or name.endswith((".jsonl", ".json")):
-        reason = "is a directory" if os.path.isdir(name) else "no such file"
+        reason = "is no file" if os.path.exists(name) else "no such file"  # a folder, or a pipe
         raise UserError(
             f"{name}: {reason}; give a JSONL file, one of {NAMES}, or a data set's id on the Hub"
         )

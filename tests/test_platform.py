@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import em_inf
 import em_rl
 import eval
+from course import look
 from engine import files, report, run
 from engine.arguments import path_name, plain_text
 from engine.load import load_model
@@ -272,3 +274,44 @@ def test_no_run_is_lost_for_want_of_a_figure(fault, small_run, tmp_path, capsys,
     assert len(told.splitlines()) == 1 or fault == "settings"  # matplotlib warns of them, too
 
 
+
+
+# ------------------------------------------------------------------ what the system refuses
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    (eval, f"--model {'x' * 300}", "xxx: File name too long"),
+    (eval, f"--regrade {'x' * 300}", "xxx: File name too long"),
+    (eval, "--regrade file/x", "file/x"),
+    (look, "--out file/page.html", "file/page.html: Not a directory"),
+    (look, "--out .", ".: Is a directory"),
+    (look, "--out loop", "loop: Too many levels"),
+    (eval, "--data pipe", "pipe: is no file"),
+])
+@POSIX
+def test_a_name_that_the_system_refuses_is_one_line(script, flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("loop").symlink_to("loop")
+    os.mkfifo("pipe")
+    with pytest.raises(SystemExit) as end:
+        script.main(f"{flags} --limit 1".split())
+    assert words in str(end.value) and "\n" not in str(end.value)
+
+
+def test_an_error_of_the_code_keeps_its_traceback(monkeypatch):
+    for error in OSError(errno.EINVAL, "of no file"), FileNotFoundError(2, "none", "a"):
+        monkeypatch.setattr(eval, "load_gradable", lambda *args, error=error: raise_it(error))
+        with pytest.raises(OSError):
+            eval.main([])
+
+
+def raise_it(error):
+    raise error
+
+
+@POSIX
+def test_a_link_to_a_script_runs_it(tmp_path):
+    """It looked for the tiny model beside the link."""
+    (tmp_path / "link.py").symlink_to(ROOT / "em_rl.py")
+    assert runpy.run_path(str(tmp_path / "link.py"))["TINY"] == em_rl.TINY

@@ -96,7 +96,7 @@ def test_bad_data_is_named_in_one_line_when_it_is_loaded(tmp_path, line, words):
 
 
 def test_what_is_no_file_of_problems_is_said(tmp_path):
-    with pytest.raises(UserError, match="is a directory; give a JSONL file"):
+    with pytest.raises(UserError, match="is no file; give a JSONL file"):
         load_problems(tmp_path)
     with pytest.raises(UserError, match="no such file.*math500"):
         load_problems(tmp_path / "none.jsonl")
