@@ -156,8 +156,8 @@ def adaptive_temperature(logits, alpha=0.5, delta=0.3, tau_min=0.01, tau_max=1.0
     """The paper's baseline (Algorithm 1): divide each row by a temperature: (B, V) -> (B, V).
 
     It is the largest tau in [tau_min, tau_max] at which the row's entropy is at most
-    max(alpha H, delta) nats, with H its entropy as it is, or tau_min where there is none. A row
-    with H <= delta comes back as it was. Entropy rises with tau, so each of the `iterations`
+    max(alpha H, delta) nats, with H its entropy before. If no tau reaches that, it is tau_min.
+    A row with H <= delta comes back as it was. Entropy rises with tau, so each of the `iterations`
     halves the interval, and 20 of them find tau within 1e-6. Precision, -inf, nan and errors
     as in `minimize_entropy`.
     """
@@ -184,7 +184,7 @@ class Sharpen(LogitsProcessor):
     """Sharpens the rows of logits whose entropy is at least `delta` nats: (B, V) -> (B, V).
 
     transformers' `generate` calls it with the ids so far, which it does not need; our own takes
-    its method `sharpen`. It adds up rows, how many of them it changed, and their entropy before
+    its method `sharpen`. It counts the rows and the changed rows, and sums their entropy before
     and after (nats). Raises ValueError for settings out of range, and UserError for nan.
     """
 
@@ -391,7 +391,7 @@ def main(argv=None):
     try:
         for name, seed in itertools.product(args.decode, range(1, args.seeds + 1)):
             if seed > 1 and parse_decoder(name)[1] == "greedy":
-                continue  # there is no chance in it
+                continue  # greedy decoding does not depend on the seed
             samples = decode_and_grade(
                 model, tokenizer, head, problems, name, args.max_new_tokens, seed=seed,
                 batch_size=args.rollout_batch, desc=f"{name}, {seed}", temperature=args.temperature,

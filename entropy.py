@@ -3,14 +3,13 @@ Entropy of a language model's next-token distribution: of logits, of hidden stat
 a model's responses.
 
 Logarithms are natural throughout, so every entropy and log-probability is in nats.
-Shapes: B rows or responses, T tokens, N token positions, D width of the hidden
-states, V vocabulary.
+Shapes: B responses, T tokens, D width of the hidden states, V vocabulary.
 
 With z the logits, p = softmax(z) and H = -sum_j p_j log p_j, everything here rests
 on two gradients:
 
     dH / dz_i          = -p_i (log p_i + H)
-    d log p_t / dz_i   = [i = t] - p_i
+    d log p_y / dz_i   = [i = y] - p_i    for a token y of the vocabulary
 """
 import inspect
 import math
@@ -44,10 +43,10 @@ def token_entropy(logits):
 def k3(logprobs, ref_logprobs):
     """Estimate KL(policy || reference) from log-probs of sampled tokens.
 
-    Takes (...) and (...) in nats, gives (...) in nats: exp(d) - d - 1 with
-    d = log ref - log policy. The value is unbiased where the policy has sampled the
-    tokens, and never negative; its gradient there is in expectation that of the other
-    direction, KL(reference || policy). The released trainer calls it low_var_kl.
+    (...), (...) -> (...), nats: exp(d) - d - 1 with d = log ref - log policy. It is never
+    negative. Where the policy has sampled the tokens, its expected value is KL(policy ||
+    reference), and its expected gradient is that of the other direction, KL(reference ||
+    policy). The released trainer calls it low_var_kl.
     """
     d = ref_logprobs - logprobs
     return d.expm1() - d  # exp(d) - d - 1 rounds to -6e-8 where d is small
@@ -292,8 +291,8 @@ def score(model, head, prompts, responses, temperature=1.0, some=None):
     """Entropy and log-prob of every token of B responses to B prompts (lists of token ids), or
     of `some` of them, a list of indices: -> Scores, differentiable.
 
-    `head` comes from `output_head`. Padding stands on the right, where causal attention never
-    looks, so no attention mask is needed.
+    `head` comes from `output_head`. Padding is on the right. Causal attention does not see it,
+    so no attention mask is needed.
     """
     if some is not None:
         prompts, responses = [prompts[i] for i in some], [responses[i] for i in some]

@@ -201,7 +201,7 @@ def jobs_of(problems, args):
     for data, decoder, seed in itertools.product(problems, args.decode, range(1, args.seeds + 1)):
         greedy = temperature_of(decoder) == 0
         if seed > 1 and greedy:
-            continue  # there is no chance in it
+            continue  # greedy decoding does not depend on the seed
         n, end = 1 if greedy else args.n, 0
         for some in pieces(problems[data], max(1, args.rollout_batch // n)):
             places = range(end, end + len(some) * n)
@@ -219,7 +219,7 @@ def folder_in_use(args):
 
 
 def open_folder(args, problems):
-    """The folder of the evaluation, made with its config.json unless it has begun. UserError
+    """The folder of the evaluation, made with its config.json unless it exists already. UserError
     where it began with other settings, another model or other problems, or where it is in use."""
     settings = {"script": NAME}
     settings |= {key: value for key, value in vars(args).items() if key not in NOT_SAVED}

@@ -13,7 +13,7 @@ folder takes 15 GB of TMPDIR. On a GPU under 152 GB full training keeps masters,
 gradients in CPU memory: 122 GB.
 
 The peak is that of a product of large square matrices, measured in the part's own process. MFU
-counts FLOPs as the paper does: sampling, reference and update, without what checkpointing
+counts FLOPs as the paper does: sampling, reference and update, without what --recompute
 repeats. Hours for the paper's run are extrapolated: the seconds of a response token times the
 paper's responses at 1,024 tokens each, which is assumed, and the optimiser's seconds once a
 step. That leaves out evaluations, checkpoints, and that longer responses attend to more.

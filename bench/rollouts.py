@@ -1,5 +1,5 @@
 """
-Seconds of eval.generate, of it on transformers' DynamicLayer, and model.generate.
+Seconds of engine.sampler.generate, of it on transformers' DynamicLayer, and model.generate.
 
     python bench/rollouts.py
 

@@ -5,8 +5,8 @@ Seconds of a step of em_rl.py beside TRL's RLOOTrainer, on a CPU.
     python bench/trl.py --threads 2           # on two, which should then be idle
 
 Both train the tiny model with em_rl.py's defaults, in processes of their own, in turn. TRL
-hands its reward function no entropies, so that it runs the model once more. TRL's seconds go
-from one call of it to the next.
+does not give entropies to its reward function, which therefore runs the model once more. TRL's
+seconds go from one call of it to the next.
 
 Equal: the threads, each step's prompts and their tokens, 4 responses of at most 64 tokens,
 temperature 1, beta 0.001 and a reference model, AdamW at 1e-4, gradient norm at most 1, one

@@ -6,9 +6,9 @@ When has a run collapsed? Judged without labels, from its metrics.
 def collapsed(rows, factor, window=3):
     """Why a run has collapsed, judged without labels from its metrics rows, or None.
 
-    Means over the last `window` steps against the first `window`: length grown or shrunk
+    Compares means over the last and the first `window` steps. Collapsed is: length grown or shrunk
     `factor`-fold, entropy grown `factor`-fold, 30 points more responses truncated, or entropy
-    under 1e-4 nats, where nothing is sampled any more. A factor of 0 turns it off.
+    under 1e-4 nats, where every response is the same. A factor of 0 turns it off.
     """
     rows = [row for row in rows if row["step"] > 0]
     if not factor or len(rows) < 2 * window:

@@ -27,7 +27,7 @@ def digest_of_model(name):
     """Identifies the weights and settings of a model: "sha256 ...", or a Hub id's "commit ...".
 
     Of a file over 64 MiB it reads 256 blocks of 64 KiB, evenly spread, so that 15 GB take no
-    longer than 16 MiB do. Whoever changes some bytes between them on purpose is not found out.
+    longer than 16 MiB do. A change between these blocks is not detected.
     """
     folder = Path(name)
     if not folder.is_dir():

@@ -32,8 +32,8 @@ def summarize(folder, rows, size):
             print(f"| {name} | {row['step']} | {shares} |")
     replace_file(folder / "result.json", json.dumps(result, indent=1) + "\n")
     if measured:
-        print("\nNo label picked the final model: it is the last one. The peak is known only "
-              "through labels.")
+        print("\nThe final model is the last one; no labels chose it. To find the peak "
+              "needs labels.")
         for line in losses(measured[0], peak, measured[-1], size, settings):
             print(line)
         show_samples(folder, measured[-1]["step"])
@@ -78,8 +78,8 @@ def kept(best, peak):
     row = json.loads((best / "row.json").read_text(encoding="utf-8"))
     told = f"{best}, of step {row['step']} ({row['val_greedy']:.1%} greedy)"
     if (row["step"], row["val_greedy"]) != (peak["step"], peak["val_greedy"]):
-        told += (". The run has lost that step by a kill, and done it again otherwise: its peak "
-                 f"is now step {peak['step']}, whose model is not kept")
+        told += (". The run was killed after that step and repeated it with another result: its "
+                 f"peak is now step {peak['step']}, whose model is not kept")
     return told
 
 

@@ -533,7 +533,7 @@ LINE = {
 
 def log_sample(step, prompt, response, folder):
     """Print a sampled response, and add it to samples.jsonl."""
-    print(f"step {step} | a prompt, and a response to it:")
+    print(f"step {step} | a prompt, and a sampled response:")
     for text in (prompt, response):
         print(textwrap.indent(text, "    "), flush=True)
     sample = {"step": step, "set": "rollout", "prompt": prompt, "response": response}

@@ -220,7 +220,7 @@ def gathered(model):
 
 
 def generate_gathered(model, *args, **settings):
-    """eval.generate with all weights in each process's memory (to call it is a collective)."""
+    """engine.sampler.generate with all weights in each process's memory (a collective)."""
     with gathered(model):
         return generate(model, *args, **settings)
 

@@ -28,15 +28,15 @@ Other tests, such as `math.isclose(f(2), 4)`, are decided in the program's inter
 the benchmarks' harnesses, but on copies that know only Python's own types (tasks/inside.py):
 an object that equals everything equals nothing that the tests have. Asserts count however
 Python was started, and tests in which nothing can fail are refused.
-Open is what only a program that is written to cheat does: it replaces math.isclose or a helper
-of the setup, reads or traces the tests, or finds the key that proves their end. Not copied is
-what it passes to a function or an object of the tests, what its exceptions hold, and what a
-class of the tests inherits from one of its own.
-The price: an object that is no number, string, list, tuple, set or dict equals no literal,
+Not prevented is what only a program that is written to cheat does: it replaces math.isclose or
+a helper of the setup, reads or traces the tests, or finds the key that proves their end. These
+are not copied: what it passes to a function or an object of the tests, what its exceptions hold,
+and what a class of the tests inherits from one of its own.
+The cost: an object that is no number, string, list, tuple, set or dict equals no literal,
 even if it says so. Objects of a program's class work with each other, not with data: no
 operator, no `in` but by iterating. Its IntEnum is an int for the tests, its defaultdict a dict,
 and its `with` swallows no error.
-Nothing here helps against a flaw of the kernel.
+The sandbox does not protect against bugs in the kernel.
 """
 import functools
 import marshal

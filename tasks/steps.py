@@ -70,8 +70,8 @@ def as_asked(problems, samples):
 
 
 def pieces(problems, size):
-    """Split problems so that no "after" leads out of a piece, into pieces of `size` problems
-    and the steps that come after them."""
+    """Split problems into pieces of `size` problems and the steps that come after them: a step is
+    in the same piece as the steps before it."""
     places = {problem["id"]: i for i, problem in enumerate(problems)}
     first, starts = len(problems), []  # first: of all that the problems from i on come after
     for i in reversed(range(len(problems))):

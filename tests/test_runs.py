@@ -329,7 +329,7 @@ def test_a_loss_on_few_problems_may_be_chance():
     ([0.5, 0.9, 0.6], dict(step=1, val_greedy=0.9), "run/best, of step 1 (90.0% greedy)\n"),
     ([0.5, 0.4], {}, "labels say: the base model\n"),
     ([0.5, 0.9, 0.6], {}, "step 1, which was not kept, as --keep-best came later\n"),
-    ([0.5, 0.8, 0.6], dict(step=2, val_greedy=0.9), "lost that step by a kill"),
+    ([0.5, 0.8, 0.6], dict(step=2, val_greedy=0.9), "killed after that step"),
 ])
 def test_the_best_model_is_told_with_its_step(accuracies, best, told):
     """Guards against a best/ of a step that a kill made the run forget."""
