@@ -33,10 +33,8 @@ from tasks.prompts import encode_problem, stop_ids
 
 def visible(text):
     """The text with a mark at each newline, and with a number for each invisible character."""
-    shown = ""
-    for char in text:
-        shown += char if char.isprintable() or char == "\n" else f"⟨U+{ord(char):04X}⟩"
-    return shown.replace("\n", "↵\n")
+    shown = [c if c.isprintable() or c == "\n" else f"⟨U+{ord(c):04X}⟩" for c in text]
+    return "".join(shown).replace("\n", "↵\n")
 
 
 def place_of(id, tokenizer, names):
@@ -70,12 +68,11 @@ def sample(model, tokenizer, sharpen, problem, names, args):
         rows.append(row)
         return sharper
 
-    prompt = encode_problem(tokenizer, problem)
-    stop = stop_ids(model, tokenizer)
-    check_model(model, [prompt], args.max_new_tokens)
+    prompt, stop = encode_problem(tokenizer, problem), stop_ids(model, tokenizer)
+    length = args.max_new_tokens
+    check_model(model, [prompt], length)
     head = output_head(model, prompt)
     torch.manual_seed(args.seed)  # for one response at a time: all columns draw the same numbers
-    length = args.max_new_tokens
     rollout = generate(model, [prompt], stop, length, args.temperature, sharpen=record)
     ids = rollout.responses[0]
     scores = score_all(model, head, [prompt], [ids])
@@ -152,10 +149,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     either = parser.add_mutually_exclusive_group().add_argument
-    either("--model", type=path_name, action="append", help="folder or Hub id; give two to "
-           "compare them")
-    either("--run", type=path_name, help="folder of a training run: its base model and its "
-           "checkpoint")
+    either("--model", type=path_name, action="append", help="folder or Hub id, once or more")
+    either("--run", type=path_name, help="a run's folder: its base model and checkpoint")
     add("--data", help="problems: JSONL file or name; else the run's, or tiny/test.jsonl")
     add("--prompt", type=plain_text, help="ask this instead")
     add("--limit", type=positive_int, default=3, help="only the first LIMIT problems")
@@ -169,7 +164,8 @@ def main(argv=None):
     template = Path(__file__).resolve().with_name("look.html").read_text(encoding="utf-8")
     refuse_to_replace(args.out, template[:99])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    models, source, curves = args.model or [TINY["model"]], args.data or TINY["data"], ""
+    models, source = args.model or [TINY["model"]], args.data or TINY["data"]
+    curves = responses = ""
     if args.run:
         config = read_config(args.run)
         models = [config["model"], checkpoint_of(args.run)]
@@ -185,7 +181,6 @@ def main(argv=None):
     em_inf = EMInf(lr=args.lr, optimizer=args.optimizer)
     columns.append((f"{models[0]} with EM-INF", *columns[0][1:3], em_inf.sharpen))
     data = {"names": {}, "rows": []}
-    responses = ""
     for problem in problems[: args.limit]:
         responses += f'<h2>{html.escape(visible(problem["prompt"]))}</h2><div class="columns">\n'
         for column in columns:
@@ -195,9 +190,8 @@ def main(argv=None):
     data["names"] = list(data["names"])
     about = f"Temperature {args.temperature:g}; EM-INF by {args.optimizer}, lr {args.lr:g}."
     data = json.dumps(data).replace("<", "\\u003c")  # no tag may begin in it
-    page = string.Template(template).substitute(
-        about=about, curves=curves, responses=responses, data=data
-    )
+    fields = dict(about=about, curves=curves, responses=responses, data=data)
+    page = string.Template(template).substitute(fields)
     replace_file(args.out, page)
     print(f"{args.out}: {args.out.stat().st_size / 1000:,.0f} kB; open it in a browser")
 
