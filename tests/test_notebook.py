@@ -51,7 +51,7 @@ def test_the_committed_file_is_small_and_knows_no_machine():
 def test_cells_are_short_enough_to_be_read_on_a_screen():
     for cell in CODE:
         lines = text_of(cell["source"]).split("\n")
-        assert len(lines) <= 21, lines[0]
+        assert len(lines) <= 17, lines[0]
         assert max(map(len, lines)) <= 100, max(lines, key=len)
 
 
