@@ -261,12 +261,14 @@ def main(argv=None):
     add("--device", help="cuda, mps or cpu; without it the first there is")
     add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
         "on a GPU that has it")
-    add("--out", help="folder for the results; without it a new one in runs/")
-    add("--resume", metavar="FOLDER", help="go on with an interrupted evaluation")
+    add("--out", type=path_name, help="folder for the results; without it a new one in runs/")
+    add("--resume", type=path_name, metavar="FOLDER", help="go on with an interrupted evaluation")
     add("--shard", type=shard, metavar="I/N", help="do the I-th of N parts (from 0), in the --out "
         "that the other parts have too; the last one to end prints the table")
-    add("--regrade", metavar="FOLDER", help="grade samples again and print the table")
-    add("--compare", nargs=2, metavar="FOLDER", help="paired difference of two evaluations")
+    add("--regrade", type=path_name, metavar="FOLDER", help="grade samples again and print the "
+        "table")
+    add("--compare", type=path_name, nargs=2, metavar="FOLDER", help="paired difference of two "
+        "evaluations")
     add("--diagnose", action="store_true", help="will EM help this model? Takes 8 answers to "
         "each of 512 problems, unless --n and --limit say otherwise")
     argv = sys.argv[1:] if argv is None else argv

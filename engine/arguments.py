@@ -65,6 +65,7 @@ def shard(text):
 def plain_text(text):
     """Text that a model can read. Bytes that are no characters of the terminal's encoding come
     as halves of surrogate pairs; in the C locale those of UTF-8 do."""
+    refuse_blank(text)
     try:
         text.encode()
         return text
@@ -77,6 +78,7 @@ def plain_text(text):
 
 def path_name(text):
     """Of a file or folder that safetensors and tokenizers, too, can open: they want UTF-8."""
+    refuse_blank(text)
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no name in this terminal's encoding; set PYTHONUTF8=1, or rename it"
@@ -84,10 +86,17 @@ def path_name(text):
     return text
 
 
+def refuse_blank(text):
+    """Of `--resume "$RUN"`, say, without a RUN: as if there were no flag a new run would begin."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is blank; give one, or leave the flag out")
+
+
 def comma_list(text):
     """"a,b" -> its parts, each of which stands there once."""
     parts = text.split(",")
     for name in parts:
+        refuse_blank(name)
         if parts.count(name) > 1:
             raise argparse.ArgumentTypeError(f"{name} stands there twice")
     return parts

@@ -12,14 +12,12 @@ GONE = errno.EPIPE, errno.EINVAL  # Windows says EINVAL
 class Output:
     """sys.stdout or sys.stderr, around the stream that it was before.
 
-    Where it can't be written any more, `on_loss` is called, once, and from then on what is
-    printed goes nowhere. By default it ends the script: without a word where the reader of a
-    pipe has gone (`python eval.py | head -1`), else with the reason. A training run saves first
-    (`run.StopSignal`).
+    Where that can't be written any more, `on_loss` is called, and what is printed from then on
+    goes nowhere.
     """
 
-    def __init__(self, stream, script):
-        self.stream, self.script, self.on_loss = stream, script, self.end
+    def __init__(self, stream, on_loss):
+        self.stream, self.on_loss = stream, on_loss
         if hasattr(stream, "reconfigure"):  # not in a notebook
             stream.reconfigure(errors="backslashreplace")  # of characters that it does not have
 
@@ -42,29 +40,32 @@ class Output:
                 os.close(nowhere)
             self.on_loss(error)
 
-    def end(self, error):
-        if error.errno in GONE:
-            sys.exit(141)  # 128 + SIGPIPE, as a shell has it of any program
-        sys.exit(f"{self.script}: what it prints can't be written: {error.strerror}")
-
 
 @contextlib.contextmanager
 def printing(script):
-    """Print through `Output` in this block. A stream that was closed prints nothing."""
+    """Print through `Output` in this block. A stream that was closed prints nothing.
+
+    Where stdout is lost the script ends: without a word if the reader of a pipe has gone, as in
+    `python eval.py | head -1`, else with the reason. A training run saves first
+    (`run.StopSignal`). It goes on without its stderr, which has progress and warnings only.
+    """
+
+    def end(error):
+        if error.errno in GONE:
+            sys.exit(141)  # 128 + SIGPIPE, as a shell has it of any program
+        sys.exit(f"{script}: what it prints can't be written: {error.strerror}")
+
+    def go_on(error):
+        pass
+
     before = sys.stdout, sys.stderr
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")
-        setattr(sys, name, Output(stream, script))
-    streams = sys.stdout, sys.stderr
+    streams = [stream or open(os.devnull, "w", encoding="utf-8") for stream in before]
+    sys.stdout, sys.stderr = output, errors = Output(streams[0], end), Output(streams[1], go_on)
     try:
         yield
-        sys.stdout.flush()
+        output.flush()
     finally:
-        for stream in streams:
-            stream.on_loss = print_nothing
-            stream.flush()
+        output.on_loss = go_on
+        output.flush()
+        errors.flush()
         sys.stdout, sys.stderr = before
-
-
-def print_nothing(error):
-    pass

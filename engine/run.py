@@ -557,8 +557,7 @@ class StopSignal:
         self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
-        for stream in (sys.stdout, sys.stderr):
-            stream.on_loss = self.ask  # see engine/output.py
+        sys.stdout.on_loss = self.ask  # see engine/output.py
 
     def handle(self, number, frame):
         if self.asked:

@@ -397,10 +397,11 @@ def load_problems(name_or_path):
         size, make = HUB[name][3:]
     elif name == "indval":
         raise UserError(INDVAL)
-    elif os.path.exists(name) or name.endswith((".jsonl", ".json")):
+    elif os.path.exists(name) or name.endswith((".jsonl", ".json")) or not name.strip():
         reason = "is no file" if os.path.exists(name) else "no such file"  # a folder, or a pipe
         raise UserError(
-            f"{name}: {reason}; give a JSONL file, one of {NAMES}, or a data set's id on the Hub"
+            f"{name.strip() or repr(name)}: {reason}; give a JSONL file, one of {NAMES}, or a "
+            "data set's id on the Hub"
         )
     else:
         rows = read_hub(name)

@@ -190,16 +190,14 @@ def test_who_reads_no_more_ends_a_script_quietly(script, number, status, tmp_pat
     assert sys.stdout.buffer is before
 
 
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_training_run_whose_reader_has_gone_saves_first(name, tmp_path, monkeypatch):
+def test_a_training_run_whose_reader_has_gone_saves_first(tmp_path, monkeypatch):
     """It ends as after Ctrl-C: nothing is lost, and nothing runs on unseen."""
     monkeypatch.chdir(tmp_path)
-    lose(monkeypatch, 10**9, name=name)
+    stdout = lose(monkeypatch, 10**9)
 
     def log(row, logger=None, log=run.log):
         if row["step"] == 2:
-            getattr(sys, name).stream.buffer.room = 0
-            print("lost", file=getattr(sys, name), flush=True)
+            stdout.room = 0
         log(row, logger)
 
     monkeypatch.setattr(run, "log", log)
@@ -209,6 +207,20 @@ def test_a_training_run_whose_reader_has_gone_saves_first(name, tmp_path, monkey
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     em_rl.main("--resume run --steps 3".split())
+
+
+def test_a_script_goes_on_without_its_stderr(tmp_path, monkeypatch):
+    """It has bars and warnings; where it is full the script ended, and nobody could be told."""
+    monkeypatch.chdir(tmp_path)
+    stderr = lose(monkeypatch, 0, errno.ENOSPC, "stderr")
+    load = eval.load_gradable
+    monkeypatch.setattr(eval, "load_gradable", lambda *args: warn() or load(*args))
+    eval.main(COMMANDS[eval].split())
+    assert Path("run/results.json").exists() and stderr.failed
+
+
+def warn():
+    print("a warning", file=sys.stderr, flush=True)
 
 
 def test_a_stream_that_was_closed_prints_nothing(tmp_path, monkeypatch):
@@ -297,6 +309,19 @@ def test_a_name_that_the_system_refuses_is_one_line(script, flags, words, tmp_pa
     with pytest.raises(SystemExit) as end:
         script.main(f"{flags} --limit 1".split())
     assert words in str(end.value) and "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("script, flags", [
+    (em_rl, "--resume="), (em_rl, "--out="), (eval, "--regrade="), (eval, "--data=a,,b"),
+    (em_inf, "--prompt="), (em_inf, "--data="), (look, "--prompt="),
+])
+def test_a_blank_value_is_no_flag_that_was_left_out(script, flags, tmp_path, monkeypatch, capsys):
+    """`--resume "$RUN"` without a RUN began a new run, and `--prompt ""` asked all problems."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        script.main([flags])
+    assert "is blank" in capsys.readouterr().err or "'': no such file" in str(end.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_error_of_the_code_keeps_its_traceback(monkeypatch):
