@@ -3,10 +3,10 @@ import time
 
 import pytest
 
-import tests.models  # noqa: F401, first: no network
 from tasks import answers
 from tasks.answers import after_thoughts, find_answer, is_correct, last_box, votes
 from tasks.errors import UserError
+from tests.models import NEEDS_POSIX
 
 BOXES = [(r"so \boxed{4}.", "4"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), ("4", None), ("", None),
     (r"\boxed{1} no, \boxed{2}", "2"), (r"\boxed{3} or \boxed{4", None), (r"\boxed{}", ""),
@@ -85,6 +85,7 @@ def fenced(code):
     return f"Sure:\n```python\n{code}\n```"
 
 
+@NEEDS_POSIX
 def test_programs_are_graded_with_their_setup():
     asked = [
         {"id": "f", "tests": "assert f(2) == 4"},

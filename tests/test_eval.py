@@ -1,11 +1,11 @@
 """The scripts eval.py and em_inf.py."""
 import errno
-import fcntl
 import json
 import re
 import shutil
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 
@@ -75,8 +75,7 @@ def room(tmp_path_factory):
     shutil.copytree(TINY_BASE, room / "damaged")
     (room / "damaged/generation_config.json").write_text("{")  # it says how a response ends
     (room / "code.jsonl").write_text('{"prompt": "a", "tests": "assert f() == 1"}')
-    with open(room / "whole/lock", "a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with filelock.FileLock(room / "whole/lock"):
         yield room
 
 

@@ -19,9 +19,8 @@ from course import look
 from engine import files, report, run
 from engine.arguments import path_name, plain_text
 from engine.load import load_model
-from tests.models import ROOT, TINY_BASE
+from tests.models import NEEDS_POSIX, ROOT, TINY_BASE
 
-POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="takes away what Windows lacks")
 TRAIN = (
     "--device cpu --data-size 32 --prompts 4 --val-size 2 --max-new-tokens 8 --eval-every 1 "
     "--save-every 1 --keep-best "
@@ -78,7 +77,7 @@ def test_bytes_of_another_encoding_are_read_as_utf_8_or_refused():
 # ---------------------------------------------------------------------------------- Windows
 
 
-@POSIX
+@NEEDS_POSIX
 def test_the_scripts_run_on_windows_and_in_a_terminal_of_ascii(tmp_path):
     """tests/windows.py takes away what Windows lacks; Windows does not write UTF-8 either."""
     (tmp_path / "code.jsonl").write_bytes(b'{"prompt": "a", "tests": "assert f() == 1"}')
@@ -233,7 +232,7 @@ def test_a_stream_that_was_closed_prints_nothing(tmp_path, monkeypatch):
     assert sys.stdout is sys.stderr is None and Path("run/results.json").exists()
 
 
-@POSIX
+@NEEDS_POSIX
 def test_nothing_is_said_when_python_ends_either():
     """Python flushes its buffer at its end, and would tell of a broken pipe: exit status 120."""
     script = subprocess.Popen(
@@ -300,7 +299,7 @@ def test_no_run_is_lost_for_want_of_a_figure(fault, small_run, tmp_path, capsys,
     (look, "--out loop", "loop: Too many levels"),
     (eval, "--data pipe", "pipe: is no file"),
 ])
-@POSIX
+@NEEDS_POSIX
 def test_a_name_that_the_system_refuses_is_one_line(script, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
@@ -335,7 +334,7 @@ def raise_it(error):
     raise error
 
 
-@POSIX
+@NEEDS_POSIX
 def test_a_link_to_a_script_runs_it(tmp_path):
     """It looked for the tiny model beside the link."""
     (tmp_path / "link.py").symlink_to(ROOT / "em_rl.py")

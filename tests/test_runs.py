@@ -31,7 +31,7 @@ from engine.guard import collapsed
 from engine.inputs import digest_of_model
 from engine.load import load_model
 from engine.optimizer import MasterAdamW
-from tests.models import ROOT, TINY_BASE, random_model
+from tests.models import NEEDS_POSIX, ROOT, TINY_BASE, random_model
 
 FLAGS = (
     "--device cpu --data-size 32 --prompts 4 --val-size 4 --max-new-tokens 8 --steps 4 "
@@ -381,6 +381,7 @@ def test_any_file_of_a_model_identifies_it(tmp_path):
 # --------------------------------------------------------------------------- interruptions
 
 
+@NEEDS_POSIX
 def test_ctrl_c_saves_and_a_second_process_is_refused():
     """In a real process, whose terminal lacks characters of the prompts."""
     Path("data.jsonl").write_text('{"prompt": "∑ é"}\n' * 32, encoding="utf-8")
@@ -463,6 +464,7 @@ def test_a_fault_leaves_the_checkpoint_before(place, name, fault, words):
     assert outcome("new") == outcome("run")
 
 
+@NEEDS_POSIX
 def test_a_killed_run_resumes():
     command = [sys.executable, ROOT / "tests/kill.py", "em_rl.py", "--times", "2"]
     done = subprocess.run(command, capture_output=True, text=True)

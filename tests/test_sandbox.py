@@ -25,7 +25,9 @@ from tasks.asserts import separate
 from tasks.errors import UserError
 from tasks.inside import text_of
 from tasks.problems import load_problems
+from tests.models import NEEDS_POSIX
 
+pytestmark = NEEDS_POSIX  # without it no program is run
 ROOT = Path(__file__).resolve().parent.parent
 GOES_ON = "assert print"  # tests that a program passes if they are reached
 NEEDLE = "needle-" + os.urandom(8).hex()  # no program can guess it

@@ -15,7 +15,7 @@ from tasks.errors import UserError
 from tasks.problems import load_problems, scicode
 from tasks.scores import summary
 from tasks.steps import PROGRAM, pieces
-from tests.models import TINY_BASE
+from tests.models import NEEDS_POSIX, TINY_BASE
 
 
 def main_problem(number, noun, factor):
@@ -103,6 +103,7 @@ def verdicts(folder):
     return found
 
 
+@NEEDS_POSIX
 def test_a_step_is_graded_with_its_own_sample_however_jobs_are_cut(asked, capsys):
     """Guards against steps before that were looked for in the same batch only, or in another
     sample: alone in its job a step was wrong, and one sample's wrong step made others wrong."""
@@ -125,6 +126,7 @@ def test_a_step_is_graded_with_its_own_sample_however_jobs_are_cut(asked, capsys
     assert all(right == found[key][:1] for key, right in verdicts("alone").items())
 
 
+@NEEDS_POSIX
 def test_resume_and_regrade_find_the_steps_before(asked, capsys):
     ev.main([*FLAGS, "cut", "--n", "2", "--rollout-batch", "2", "--seeds", "2"])
     found, table = verdicts("cut"), capsys.readouterr().out
@@ -141,6 +143,7 @@ def test_resume_and_regrade_find_the_steps_before(asked, capsys):
     assert len(rows) == 4 and all(row in again for row in rows)
 
 
+@NEEDS_POSIX
 def test_em_inf_asks_steps_in_rounds(asked):
     model, tokenizer = ev.load_model(TINY_BASE, "cpu")
     problems = load_problems("steps.jsonl")
@@ -158,6 +161,7 @@ def test_training_refuses_steps(asked):
         run.prepare(load_problems("steps.jsonl"), tokenizer, None, args)
 
 
+@NEEDS_POSIX
 def test_a_prompt_is_the_benchmarks(asked):
     """Each step before it with the model's own code, the next step, its header, the imports."""
     ev.main([*FLAGS, "one", "--decode", "greedy"])

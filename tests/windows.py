@@ -28,7 +28,7 @@ FUNCTIONS = """
 chown chroot confstr ctermid fchmod fchown fdatasync fork forkpty getegid geteuid getgid getgroups
 getloadavg getpgid getpgrp getpriority getresgid getresuid getsid getuid killpg lchown lockf mkfifo
 mknod nice openpty pathconf pread preadv pwrite sched_getaffinity sched_setaffinity sched_yield
-sendfile setegid seteuid setgid setpgid setpriority setsid setuid statvfs sync sysconf ttyname uname
+setegid seteuid setgid setpgid setpriority setsid setuid sync sysconf ttyname uname
 wait wait3 wait4 waitid
 """.split()
 SIGNALS = "INT TERM ABRT FPE ILL SEGV".split()
