@@ -9,15 +9,16 @@ EM-FT: fine-tuning that minimises the token entropy of the model's own samples. 
 Each step samples N responses to each of B prompts x, and follows the gradient of their entropy.
 It flows through the probabilities, and not through the sampling:
 
-    objective = mean over the batch's tokens of  -H(pi(. | x, y_<t)) - beta KL
+    objective = mean over the update's tokens of  -H(pi(. | x, y_<t)) - beta KL
 
-KL is that of pi to the initial model. The gradient does not see how a token changes the entropy
-of the tokens behind it; that of em_rl.py does.
+KL is the k3 estimate of KL(pi || initial model); see entropy.k3. The gradient does not see how a
+token changes the entropy of the tokens behind it; that of em_rl.py does.
 
 The tokens of a response include the end-of-sequence token that it drew. A response that never
 ends is cut at --max-new-tokens, and counts like any other. Labels only measure the held-out
-accuracy, unless a flag asks for more. After Ctrl-C, --resume runs/NAME continues the run as if
-nothing had happened, because each step has its own seed; --steps 200 extends a finished run.
+accuracy, unless --loss sft asks for more. After Ctrl-C, --resume runs/NAME gives the run that
+was not stopped: the checkpoint has weights, masters and moments, and a step's prompts and seed
+depend on its number alone. --steps 200 extends a finished run.
 engine/run.py lists the files of a run.
 
 Departures from the paper (arXiv 2505.15134) and its released trainer:
@@ -43,6 +44,7 @@ from eval import evaluate_held_out
 from tasks.problems import load_problems
 from tasks.prompts import response_texts, stop_ids
 
+# TINY is used without --model; the other defaults, in add_arguments, are the paper's
 HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
 TINY = dict(
     model=str(HERE / "tiny/base"),
@@ -135,8 +137,8 @@ def main(argv=None):
                     reference, ref_head, prompts, responses, args.temperature, args.budget
                 )
 
-        # update: a step on each K-th of the prompts (K = 1: on-policy), in micro-batches
-        model.train()
+        # update: split the prompts into K parts, and take a step on each (K = 1: on-policy)
+        model.train()  # for --recompute; dropout is off
         sizes = [len(p) + len(r) for p, r in zip(prompts, responses)]
         for chosen in torch.arange(B * N).view(B, N).tensor_split(args.updates):
             chosen = chosen.flatten().tolist()

@@ -12,15 +12,17 @@ confidence in it. A response whose reward is above the mean of its prompt's othe
     r_i = mean_t -H(pi(. | x, y_<t))        (--reward token), or
     r_i = mean_t log pi(y_t | x, y_<t)      (--reward sequence)
     A_i = r_i - mean of the other N - 1 rewards
-    objective = mean over the batch's tokens of  A_i log pi(y_t | x, y_<t) - beta KL
+    objective = mean over the update's tokens of  A_i log pi(y_t | x, y_<t) - beta KL
 
-KL is that of pi to the initial model. The reward is a constant: no gradient flows through it.
-em_ft.py follows the gradient of the entropy itself, and --entropy-coef adds it here.
+KL is the k3 estimate of KL(pi || initial model); see entropy.k3. The reward is a constant: no
+gradient flows through it. em_ft.py follows the gradient of the entropy itself, and a negative
+--entropy-coef adds that gradient here.
 
 The tokens of a response include the end-of-sequence token that it drew. A response that never
 ends is cut at --max-new-tokens, and counts like any other. Labels only measure the held-out
-accuracy, unless a flag asks for more. After Ctrl-C, --resume runs/NAME continues the run as if
-nothing had happened, because each step has its own seed; --steps 200 extends a finished run.
+accuracy, unless --reward correct asks for more. After Ctrl-C, --resume runs/NAME gives the run
+that was not stopped: the checkpoint has weights, masters and moments, and a step's prompts and
+seed depend on its number alone. --steps 200 extends a finished run.
 engine/run.py lists the files of a run.
 
 Departures from the paper (arXiv 2505.15134) and its released trainer:
@@ -52,6 +54,7 @@ from tasks.answers import is_correct, votes
 from tasks.problems import load_problems
 from tasks.prompts import response_texts, stop_ids
 
+# TINY is used without --model; the other defaults, in add_arguments, are the paper's
 HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
 TINY = dict(
     model=str(HERE / "tiny/base"),
@@ -63,8 +66,8 @@ TINY = dict(
 
 # ------------------------------------------------------------------------------- the rewards
 # A reward takes a rollout (engine/sampler.py) of B*N responses, a prompt's N side by side, with
-# texts[i] and problems[i] of response i, and gives B*N numbers. To add one, write a function
-# and its line in REWARDS.
+# texts[i] and problems[i] of response i, and gives B*N numbers, as (B*N,) or (B, N). To add one,
+# write a function and its line in REWARDS, and in READS_LABELS if it needs problems[i]["answer"].
 
 
 def mean_over_tokens(values, mask):
@@ -115,10 +118,12 @@ REWARDS = {
     "format": lambda rollout: (agreement(rollout) > 0).float(),  # a control: is there an answer?
     "random": lambda rollout: torch.rand(len(rollout.texts), device=rollout.mask.device),
     "length": lambda rollout: rollout.mask.sum(-1).float(),  # a control, as random is
-    "correct": correct,  # RLOO, GRPO: the only one that reads labels, and the two below
+    "correct": correct,  # RLOO, GRPO
     "correct+token": lambda rollout: correct(rollout) + token(rollout),
     "correct+sequence": lambda rollout: correct(rollout) + sequence(rollout),
 }
+
+READS_LABELS = "correct", "correct+token", "correct+sequence"
 
 # -------------------------------------------------------------- the advantage, the objective
 
@@ -152,9 +157,9 @@ def policy_objective(new, old, ref, advantages, args):
 
 
 def entropy_weight(mask, args):
-    """c of `policy_objective`: --entropy-coef. `exact` is the weight of a token's entropy in the
-    token reward, with which the objective has the whole gradient of that reward. In expectation it
-    is that of the sequence reward, for sums, and for means where all lengths are equal.
+    """c of `policy_objective`: --entropy-coef, or for `exact` a token's weight in the token reward.
+    With `exact` the objective has that reward's own gradient too. Then the expected
+    gradient equals that of the sequence reward, for sums, or if all lengths are equal.
     """
     if args.entropy_coef != "exact":
         return args.entropy_coef
@@ -175,14 +180,15 @@ def add_arguments(parser):
         "another number draws other samples, and the same greedy ones")
     add = parser.add_argument_group("reward and objective").add_argument
     add("--reward", choices=REWARDS, default="token", help="what makes a response more likely")
-    add("--reward-norm", choices=["mean", "sum"], default="mean", help="over tokens")
+    add("--reward-norm", choices=["mean", "sum"], default="mean", help="sum: the "
+        "reward times the response's tokens")
     add("--advantage", choices=["rloo", "grpo"], default="rloo", help="baseline of a reward")
     add("--beta", type=nonnegative, default=0.001, help="weight of the KL; 0: no KL, and no "
         "second model in memory")
     add("--entropy-coef", type=number_or_exact, default=0.0, metavar="C", help="adds C x entropy "
         "to the objective: 0.001 as released, below 0 EM-FT's gradient, or exact: the token "
         "reward's own gradient")
-    add("--clip", type=positive, default=0.2, help="of the ratio, for --updates 2 and more")
+    add("--clip", type=positive, default=0.2, help="of the ratio; matters for --updates 2 and more")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=positive_int, default=100, help="batches of responses")
     add("--updates", type=positive_int, default=1, metavar="K", help="split a batch into K updates")
@@ -194,7 +200,7 @@ def add_arguments(parser):
 @run.command
 def main(argv=None):
     args = run.parse_args(argv, __doc__, add_arguments, TINY, NAME)
-    label = "answer" if "correct" in args.reward else None  # the only label that training sees
+    label = "answer" if args.reward in READS_LABELS else None  # the only label that training sees
 
     # ------------------------------------------------------------------------------- set-up
     device, dtype = set_up(args.device, args.dtype)
@@ -252,8 +258,8 @@ def main(argv=None):
                     reference, ref_head, prompts, rollout.responses, args.temperature, args.budget
                 )
 
-        # update: a step on each K-th of the prompts (K = 1: on-policy), in micro-batches
-        model.train()
+        # update: split the prompts into K parts, and take a step on each (K = 1: on-policy)
+        model.train()  # for --recompute; dropout is off
         sizes = [len(p) + len(r) for p, r in zip(prompts, rollout.responses)]
         for chosen in torch.arange(B * N).view(B, N).tensor_split(args.updates):
             chosen = chosen.flatten().tolist()

@@ -70,15 +70,15 @@ class MasterAdamW:
         for master, grad in zip(self.masters, self.grads()):
             if grad is None or master.grad is None:
                 master.grad = None if grad is None else grad.to(master.device)
-            elif master.grad is not grad:  # in CPU memory: into the last step's, since new memory
-                master.grad.copy_(grad)  # is slow at first touch
+            elif master.grad is not grad:  # offload: reuse its memory, since new memory is slow
+                master.grad.copy_(grad)
         self.adam.step()
         for p, master in zip(self.params, self.masters):
             if master is not p:
                 p.copy_(master)
 
     def zero_grad(self):
-        """Forget the gradients. In CPU memory the masters keep theirs, for the memory alone."""
+        """Forget the gradients. With offload master.grad stays allocated; `step` overwrites it."""
         self.sums.clear()
         for p in self.params:
             p.grad = None

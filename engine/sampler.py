@@ -73,7 +73,7 @@ def prefill(model, prompts, N):
     ids = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(ids, batch_first=True, padding_side="left").to(model.device)
     place = torch.arange(ids.shape[1], device=model.device)
-    mask = (place >= ids.shape[1] - lengths).long()  # from lengths: the padding may be eos
+    mask = (place >= ids.shape[1] - lengths).long()  # from lengths: id 0 may be a token
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     for i, layer in enumerate(cache.layers):
@@ -116,6 +116,8 @@ class Rollout:
     logprobs: torch.Tensor  # of each token, nats
     mean_logprobs: torch.Tensor  # mean over the vocabulary at each token, nats
     mask: torch.Tensor  # True where there is a token
+    texts: list = None  # of the responses; em_rl.py fills these two in, for its rewards
+    problems: list = None  # that the responses answer
 
 
 @torch.no_grad()
@@ -125,7 +127,7 @@ def generate(
 ):
     """Sample N responses to each of B prompts (lists of token ids): -> Rollout.
 
-    A response ends with the first of the stop ids, which belongs to it, or without one at
+    A response ends with the first token that is one of the stop ids, or without one at
     max_new_tokens (it is truncated). Temperature 0 is greedy. `sharpen` changes the logits
     (b, V) that are drawn from, before the temperature, and not what is scored. At most
     `batch_size` responses, or N, are sampled at once. A streamer of transformers gets the tokens

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import em_rl
-from em_rl import REWARDS, TINY, advantage, policy_objective
+from em_rl import READS_LABELS, REWARDS, TINY, advantage, policy_objective
 from engine import report, run
 from engine.arguments import positive, positive_int
 from engine.guard import collapsed
@@ -102,7 +102,7 @@ def read(argv, world):
     val = run.load_held_out(args)
     weights = run.checkpoint_of(args.resume) if args.resume else args.model
     whole, tokenizer = load_model(weights, "cpu", dtype, args.template)
-    train = run.prepare(train, tokenizer, "answer" if "correct" in args.reward else None, args)
+    train = run.prepare(train, tokenizer, "answer" if args.reward in READS_LABELS else None, args)
     switch_off_dropout(whole)
     run.check_fit(whole, tokenizer, train, val, args)
     head = output_head(whole, train[0]["ids"]) | {"weight": None, "bias": None}
@@ -221,7 +221,7 @@ def main(argv=None):
                 reference, head, prompts, rollout.responses, args.temperature, args.budget
             )
 
-        # update: a step on each K-th of the prompts (K = 1: on-policy), in micro-batches
+        # update: split the prompts into K parts, and take a step on each (K = 1: on-policy)
         model.train()
         sizes = [len(p) + len(r) for p, r in zip(prompts, rollout.responses)]
         for chosen in torch.arange(B * N).view(B, N).tensor_split(args.updates):
