@@ -44,8 +44,8 @@ from eval import evaluate_held_out
 from tasks.problems import load_problems
 from tasks.prompts import response_texts, stop_ids
 
-# TINY is used without --model; the other defaults, in add_arguments, are the paper's
 HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
+# TINY is used without --model; the other defaults, in add_arguments, are the paper's
 TINY = dict(
     model=str(HERE / "tiny/base"),
     data=str(HERE / "tiny/train.jsonl"),

@@ -54,8 +54,8 @@ from tasks.answers import is_correct, votes
 from tasks.problems import load_problems
 from tasks.prompts import response_texts, stop_ids
 
-# TINY is used without --model; the other defaults, in add_arguments, are the paper's
 HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
+# TINY is used without --model; the other defaults, in add_arguments, are the paper's
 TINY = dict(
     model=str(HERE / "tiny/base"),
     data=str(HERE / "tiny/train.jsonl"),
@@ -144,8 +144,8 @@ def policy_objective(new, old, ref, advantages, args):
 
     `new` are the Scores of b responses; old and ref (b, T) are log-probs of the same tokens, of
     the policy that sampled them and of the initial model; advantages are (b, 1). On-policy the
-    ratio is 1, and its gradient is that of log pi(y_t). In bfloat16 it is only close to 1,
-    because the sampler rounds in another order.
+    ratio is 1, and its gradient is that of log pi(y_t). In bfloat16 it is only close to 1, because
+    the sampler rounds in another order; a token beyond 1 +- clip can lose its gradient even so.
     """
     ratio = (new.logprobs - old).exp()
     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
@@ -158,8 +158,9 @@ def policy_objective(new, old, ref, advantages, args):
 
 def entropy_weight(mask, args):
     """c of `policy_objective`: --entropy-coef, or for `exact` a token's weight in the token reward.
-    With `exact` the objective has that reward's own gradient too. Then the expected
-    gradient equals that of the sequence reward, for sums, or if all lengths are equal.
+    With `exact` the objective has the gradient of that reward, too. It is meant for --reward token
+    with rloo: there the expected gradient of the two terms equals that of the sequence reward, for
+    sums, or if all lengths are equal.
     """
     if args.entropy_coef != "exact":
         return args.entropy_coef

@@ -20,6 +20,17 @@ import torch
 from tasks.errors import UserError
 
 
+def scale_down(grads, norm, max_norm):
+    """Scale gradients of a total norm to at most `max_norm`, in place: the norm before. Raises
+    UserError, and changes nothing, where it is not finite."""
+    if not math.isfinite(norm):
+        raise UserError(f"the gradient's norm is {norm}, so the step is not taken and the last "
+                        "checkpoint holds; a lower --lr may help, or --dtype float32")
+    for grad in grads:
+        grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
+    return norm
+
+
 class MasterAdamW:
     def __init__(self, model, lr, offload=None):
         self.params = [p for p in model.parameters() if p.requires_grad]
@@ -57,19 +68,16 @@ class MasterAdamW:
         """
         grads = [grad for grad in self.grads() if grad is not None]
         norm = torch.nn.utils.get_total_norm(grads).item()
-        if not math.isfinite(norm):
-            raise UserError(f"the gradient's norm is {norm}, so the step is not taken and the last "
-                            "checkpoint holds; a lower --lr may help, or --dtype float32")
-        for grad in grads:
-            grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
-        return norm
+        return scale_down(grads, norm, max_norm)
 
     @torch.no_grad()
     def step(self):
         """Move the masters by the summed gradients, and give the model their rounded copies."""
         for master, grad in zip(self.masters, self.grads()):
-            if grad is None or master.grad is None:
-                master.grad = None if grad is None else grad.to(master.device)
+            if grad is None:  # the weight was not used
+                master.grad = None
+            elif master.grad is None:
+                master.grad = grad.to(master.device)
             elif master.grad is not grad:  # offload: reuse its memory, since new memory is slow
                 master.grad.copy_(grad)
         self.adam.step()

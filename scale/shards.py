@@ -34,6 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine import report, run
 from engine.load import switch_off_dropout
+from engine.optimizer import scale_down
 from engine.sampler import generate
 from entropy import score, score_all
 from eval import evaluate
@@ -281,12 +282,7 @@ def clip(optimizer, max_norm):
     params = optimizer.param_groups[0]["params"]
     grads = [p.grad for p in params if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads).full_tensor().item()
-    if not math.isfinite(norm):
-        raise UserError(f"the gradient's norm is {norm}, so the step is not taken and the last "
-                        "checkpoint holds; a lower --lr may help, or --dtype float32")
-    for grad in grads:
-        grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
-    return norm
+    return scale_down(grads, norm, max_norm)
 
 
 # ------------------------------------------------------------------------------- checkpoints

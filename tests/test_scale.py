@@ -43,7 +43,7 @@ FLAGS = (
 OTHER = f"--data {ROOT / 'tiny/train.jsonl'} --val none --lr 1e-4 --no-recompute --steps 2 "
 SAME = {  # runs that em_rl.py and two processes do alike, with a seed for each prompt
     "token": "",
-    "sequence": "--reward sequence --budget 2000",  # a single micro-batch
+    "sequence": "--reward sequence --budget 2000 --grad-clip 0.01",  # a single micro-batch
     "split": "--updates 2 --recompute --keep-best --steps 2",
     "tied": f"{OTHER} --model qwen3 --reward self-certainty",
     "untied": f"{OTHER} --model llama --entropy-coef exact",
