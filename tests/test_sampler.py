@@ -1,4 +1,5 @@
 """The sampler: transformers' tokens, the scorer's numbers, on every kind of model."""
+import math
 from collections import Counter
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 import em_inf
-from engine.sampler import GrowingLayer, generate
+from engine.sampler import GrowingLayer, draw_by_cdf, generate
 from entropy import output_head, score_all
 from tests.models import ARCHITECTURES, random_model, rows_of
 
@@ -99,3 +100,29 @@ def test_a_growing_layer_holds_what_transformers_layer_holds():
             if t in changes:
                 layer.reorder_cache(torch.tensor(changes[t]))
         rows = len(ours.keys)
+
+
+@pytest.mark.parametrize("V", [1500, 4096])  # with a last block that is full, or is not
+def test_tokens_of_a_large_vocabulary_are_drawn_with_their_probabilities(V):
+    torch.manual_seed(0)
+    probs = (2 * torch.randn(V)).softmax(-1)
+    probs[5:300] = 0  # two whole blocks, and parts of two
+    probs[-1] = 2e-5
+    probs = probs / probs.sum()
+    draws = torch.cat([draw_by_cdf(probs.expand(10_000, V))[:, 0] for _ in range(100)])
+    counts, expected = torch.bincount(draws, minlength=V).float(), len(draws) * probs
+    assert counts[5:300].sum() == 0  # never a token that was masked
+    rare = expected < 5  # those stand together in one cell of the chi-square test
+    counts = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    cells = len(counts) - 1
+    assert abs(chi_square - cells) < 4 * math.sqrt(2 * cells)
+
+
+def test_the_last_token_that_can_be_drawn_is_no_token_of_the_padding(monkeypatch):
+    probs = torch.zeros(2, 1500)
+    probs[:, 3] = 1.0
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, 1 - 2**-53,
+                                                                           dtype=torch.float64))
+    assert draw_by_cdf(probs).tolist() == [[3], [3]]
