@@ -52,7 +52,7 @@ from engine.arguments import (
     whole_number,
 )
 from engine.check import check_model
-from engine.load import load_model, set_up
+from engine.load import add_device_arguments, load_model, set_up
 from engine.sampler import generate
 from entropy import at_least_float32, output_head, score_all, token_entropy
 from eval import graded
@@ -357,15 +357,13 @@ def main(argv=None):
     add("--rollout-batch", type=positive_int, default=128, help="responses sampled at once")
     add("--allow-code-execution", action="store_true",
         help="run the programs that answer code problems, in a sandbox")
-    add("--device", help="cuda, mps or cpu; without it the first there is")
-    add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
-        "on a GPU that has it")
+    add_device_arguments(add)
     args = parser.parse_args(argv)
     if args.model is None:  # the tiny model's settings replace defaults, and flags win
         args = parser.parse_args(argv, argparse.Namespace(**TINY))
 
     # ------------------------------------------------------------------------------- set-up
-    device, dtype = set_up(args.device, args.dtype)
+    device, dtype = set_up(args.device, args.dtype, args.graph)
     em_inf = EMInf(args.delta, args.lr, args.steps, args.kl_weight, args.optimizer)
     adaptive = AdaptiveTemperature(args.alpha, args.delta)
     for name in args.decode:

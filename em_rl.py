@@ -204,7 +204,7 @@ def main(argv=None):
     label = "answer" if args.reward in READS_LABELS else None  # the only label that training sees
 
     # ------------------------------------------------------------------------------- set-up
-    device, dtype = set_up(args.device, args.dtype)
+    device, dtype = set_up(args.device, args.dtype, args.graph)
     train = load_problems(args.data)
     train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
     val = run.load_held_out(args)
@@ -214,7 +214,7 @@ def main(argv=None):
     run.check_fit(model, tokenizer, train, val, args)
     head = output_head(model, train[0]["ids"])
     if args.beta:  # the KL needs the initial model beside the one that changes
-        reference = model if args.lora else load_model(args.model, device, dtype)[0]
+        reference = model if args.lora else load_model(args.model, device, model.dtype)[0]
         ref_head = output_head(reference, train[0]["ids"])
     optimizer = MasterAdamW(model, args.lr, args.offload)
     start, history = run.restore(args, optimizer)

@@ -53,7 +53,7 @@ from engine.files import (
     replace_file,
 )
 from engine.inputs import absolute, digest_of, digest_of_model, refuse_changes
-from engine.load import load_model, set_up
+from engine.load import add_device_arguments, load_model, set_up
 from engine.sampler import generate
 from entropy import output_head, score_all
 from tasks import answers, scores
@@ -258,9 +258,7 @@ def main(argv=None):
         "another number draws other samples, and the same greedy ones")
     add("--allow-code-execution", action="store_true",
         help="run the programs that answer code problems, in a sandbox")
-    add("--device", help="cuda, mps or cpu; without it the first there is")
-    add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
-        "on a GPU that has it")
+    add_device_arguments(add)
     add("--out", type=path_name, help="folder for the results; without it a new one in runs/")
     add("--resume", type=path_name, metavar="FOLDER", help="go on with an interrupted evaluation")
     add("--shard", type=shard, metavar="I/N", help="do the I-th of N parts (from 0), in the --out "
@@ -298,7 +296,7 @@ def main(argv=None):
     refuse_changes(begun, before, {key: vars(args)[key] for key in before})
 
     # ------------------------------------------------------------------------------- set-up
-    device, dtype = set_up(args.device, args.dtype)
+    device, dtype = set_up(args.device, args.dtype, args.graph)
     temperatures = [temperature_of(decoder) for decoder in args.decode]
     if len(set(temperatures)) < len(temperatures):
         raise UserError(f"--decode {','.join(args.decode)}: two of them are the same")
@@ -306,6 +304,7 @@ def main(argv=None):
     for data in args.data:
         problems[data] = load_gradable(data, args.limit, args.allow_code_execution)
     model, tokenizer = load_model(args.model, device, dtype, args.template)
+    args.dtype = str(model.dtype).removeprefix("torch.")  # also where this is resumed
     asked = itertools.chain(*problems.values())
     prompts = [encode_problem(tokenizer, problem) for problem in asked]
     check_model(model, prompts, args.max_new_tokens)

@@ -18,8 +18,8 @@ from transformers.cache_utils import DynamicLayer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of bench/, whose entropy.py eval.py would import
 from engine import sampler  # noqa: E402
+from engine.cache import GrowingLayer  # noqa: E402
 from engine.load import load_model  # noqa: E402
-from engine.sampler import GrowingLayer  # noqa: E402
 from tasks.problems import load_problems  # noqa: E402
 from tasks.prompts import encode_problem, stop_ids  # noqa: E402
 

@@ -7,7 +7,8 @@ position ids, and if it goes on from a DynamicCache: most decoders of transforme
 import torch
 from transformers import DynamicCache
 
-from engine.sampler import cache_name, generate
+from engine.cache import cache_name
+from engine.sampler import generate
 from entropy import output_head, score_all
 from tasks.errors import UserError, one_line
 
@@ -99,7 +100,8 @@ def check_class(model, prompt, max_new_tokens, training):
     gap = sampler_gap(model, head, pair, [], min(max_new_tokens, 8), training=training)
     if not gap <= (0.01 if model.dtype == torch.float32 else 0.3):
         raise UserError(f"{name}: models of this class are not supported, since log-probs of the "
-                        f"sampler and the scorer differ by {gap:.2g} nats a token")
+                        f"sampler and the scorer differ by {gap:.2g} nats a token"
+                        + ("; try --no-graph" if model.device.type == "cuda" else ""))
 
 
 def sampler_gap(model, head, prompts, stop, max_new_tokens, temperature=1.0, training=True):

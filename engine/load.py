@@ -1,29 +1,42 @@
 """
 Load a language model and its tokenizer: on which device, in which precision, from where.
 """
+import argparse
 import contextlib
 import importlib.util
 import itertools
 import json
 import os
 import re
+import time
 import traceback
 from pathlib import Path
 
 import safetensors
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from engine import cache
 from tasks.errors import UserError, one_line
 from tasks.problems import hub_says, reach_hub
 from tasks.prompts import set_template
 
 
-def set_up(device=None, dtype=None):
+def add_device_arguments(add):
+    """The flags of set_up. `add` is the add_argument of a parser, or of a group of it."""
+    add("--device", help="cuda, mps or cpu; without it the first there is")
+    add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 on "
+        "a GPU that has it and, above 50 M parameters, on a CPU where it is faster")
+    add("--graph", action=argparse.BooleanOptionalAction, default=True, help="on a GPU, sample "
+        "by CUDA graphs where the model allows it")
+
+
+def set_up(device=None, dtype=None, graph=True):
     """(device, dtype) to work with, chosen where they are not given.
 
     Weights are bfloat16 on a GPU that has it, else float32 (on a T4, say): float16 would
-    need its losses scaled. Raises UserError for a device that is not there.
+    need its losses scaled. On a CPU the dtype stays None, and load_model chooses. Raises
+    UserError for a device that is not there.
     """
     if device is None:
         other = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -37,16 +50,45 @@ def set_up(device=None, dtype=None):
         raise UserError(f"--device {device}: not usable here ({reason})") from None
     # cuDNN's attention makes a plan for every new shape, which takes longer than a token does
     torch.backends.cuda.enable_cudnn_sdp(False)
+    cache.use_graphs = graph
+    if dtype is None and device == "cpu":
+        return device, None
     native = device.startswith("cuda")
     native = native and torch.cuda.is_bf16_supported(including_emulation=False)
     return device, getattr(torch, dtype or ("bfloat16" if native else "float32"))
 
 
+def cpu_dtype(config):
+    """bfloat16 for a large model where its matrix products are faster than float32's: three times
+    with AVX-512 BF16 or AMX, while without them they are slower."""
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    if parameters < 50e6:
+        return torch.float32
+    seconds = {dtype: seconds_of_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    chosen = torch.bfloat16 if ratio > 1.2 else torch.float32
+    print(f"dtype: {str(chosen).removeprefix('torch.')}, since on this CPU bfloat16's matrix "
+          f"products are {ratio:.1f} times as fast as float32's; --dtype sets it")
+    return chosen
+
+
+def seconds_of_product(dtype):
+    """The best of five, of a product as large as those of a model with 0.5 B parameters."""
+    a, b, seconds = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 4096, dtype=dtype), []
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
 def load_model(name, device, dtype=torch.float32, template=()):
     """(model in eval mode, tokenizer) of a folder or a Hub id.
 
-    `template` are settings of the chat template (tasks.prompts.set_template). Raises UserError
-    for what is missing or damaged, by the name of the file where it is known.
+    Without a dtype it is cpu_dtype's. `template` are settings of the chat template
+    (tasks.prompts.set_template). Raises UserError for what is missing or damaged, by the name of
+    the file where it is known.
     """
     folder = Path(name)
     reached = folder.is_dir() or reach_hub()
@@ -60,6 +102,7 @@ def load_model(name, device, dtype=torch.float32, template=()):
         if not importlib.util.find_spec("peft"):
             raise UserError(f"model {name}: these are adapters, which need peft; pip install peft")
     with loading("model", base, Path(base).is_dir() or reached):
+        dtype = dtype or cpu_dtype(AutoConfig.from_pretrained(base))
         model, found = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, output_loading_info=True
         )

@@ -71,7 +71,7 @@ from engine.files import (
     replace_file,
 )
 from engine.inputs import absolute, digest_of, digest_of_model
-from engine.load import load_model, switch_off_dropout
+from engine.load import add_device_arguments, load_model, switch_off_dropout
 from engine.output import printing
 from engine.report import SAMPLE
 from tasks.errors import UserError
@@ -101,9 +101,7 @@ def add_arguments(parser):
     add("--val-size", type=positive_int, default=512, help="use the first VAL_SIZE of them")
     add("--max-prompt-tokens", type=positive_int, default=1024, help="longer ones are left out")
     add = parser.add_argument_group("device and memory").add_argument
-    add("--device", help="cuda, mps or cpu; without it the first there is")
-    add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
-        "on a GPU that has it")
+    add_device_arguments(add)
     add("--offload", action=argparse.BooleanOptionalAction, help="float32 masters and Adam in CPU "
         "memory; without this flag only where the GPU is too small")
     add("--recompute", action=argparse.BooleanOptionalAction, default=True,
@@ -181,6 +179,7 @@ def load(args, device, dtype):
     folder = checkpoint_of(args.resume) if args.resume else None
     name = args.model if args.lora else folder or args.model
     model, tokenizer = load_model(name, device, dtype, args.template)
+    args.dtype = str(model.dtype).removeprefix("torch.")  # of the run, also where it is resumed
     switch_off_dropout(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"--model {args.model}: adapters, which --lora trained, and which no run "
@@ -310,8 +309,7 @@ def announce(args, model, tokenizer, head, train, val, folder):
     sequences = args.prompts * args.rollouts
     longest = max(len(problem["ids"]) for problem in train) + args.max_new_tokens
     template = "in the chat template" if tokenizer.chat_template else "plain: no chat template"
-    dtype = str(model.dtype).removeprefix("torch.")
-    print(f"model: {args.model}, {model.num_parameters() / 1e6:,.1f} M parameters in {dtype} "
+    print(f"model: {args.model}, {model.num_parameters() / 1e6:,.1f} M parameters in {args.dtype} "
           f"on {model.device}")
     if args.lora:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

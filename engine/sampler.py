@@ -1,7 +1,6 @@
 """
 Sample from a language model: prefill, one token, many tokens.
 """
-import inspect
 import math
 from dataclasses import dataclass
 
@@ -12,63 +11,18 @@ from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from engine.cache import GrowingLayer, next_logits, next_step
 from entropy import batches, token_entropy
 from tasks.errors import UserError
 
-
-class GrowingLayer(DynamicLayer):
-    """A layer's keys and values in a buffer with room to grow. transformers' own layer copies
-    all of itself at every token: at 64 rows x 1,024 tokens that took 1.8 times as long."""
-
-    def update(self, keys, values, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.keys = self.key_room = keys[:, :, :0]
-            self.values = self.value_room = values[:, :, :0]
-        self.key_room, self.keys = append(self.key_room, self.keys, keys)
-        self.value_room, self.values = append(self.value_room, self.values, values)
-        return self.keys, self.values
-
-    def reorder_cache(self, rows):
-        super().reorder_cache(rows)  # makes copies, in which there is no room
-        self.key_room, self.value_room = self.keys, self.values
-
-
-def append(room, old, new):
-    """Put `new` (B, heads, t, D) behind `old` in its buffer `room`: (room, a view of both)."""
-    start = old.shape[-2]
-    end = start + new.shape[-2]
-    if room.shape[-2] < end:  # full
-        room = new.new_empty(*new.shape[:2], end + 256, new.shape[-1])
-        room[:, :, :start] = old
-    room[:, :, start:end] = new
-    return room, room[:, :, :end]
-
-
-def next_logits(model, cache, ids, attention_mask, position_ids):
-    """Run the model on ids (B, t) behind what `cache` holds: logits of the next token (B, V)."""
-    output = model(
-        input_ids=ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=True,
-        logits_to_keep=1,
-        **{cache_name(model): cache},
-    )
-    return output.logits[:, -1].float()
-
-
-def cache_name(model):
-    names = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in names else "past_key_values"  # renamed in transformers 5.24
+# Rows that have ended leave: every how many tokens the host looks, and how many of the rows may go
+# on at most. A GPU waits when the host looks, and some rows more cost it little.
+AT_ONCE, LATE = (1, 1.0), (16, 0.5)
 
 
 def prefill(model, prompts, N):
-    """Run B prompts (token ids) through the model, once for all N responses to each.
-
-    Gives the cache, and for its B*N rows the logits of the next token (B*N, V), the
-    attention mask (B*N, longest prompt) and the last position (B*N, 1).
-    """
+    """Run B prompts (token ids) through the model, once for all N responses to each: the logits
+    of the next token (B*N, V), and the step that gives those of each token after it."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[:, None]
     ids = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(ids, batch_first=True, padding_side="left").to(model.device)
@@ -81,8 +35,8 @@ def prefill(model, prompts, N):
             cache.layers[i] = GrowingLayer()
     logits = next_logits(model, cache, ids, mask, positions)
     rows = torch.arange(len(prompts), device=model.device).repeat_interleave(N)  # B*N
-    cache.reorder_cache(rows)  # despite its name: rows may be repeated, or left out
-    return cache, logits[rows], mask[rows], positions[rows, -1:]
+    cache.reorder_cache(rows)  # despite its name: rows may be repeated
+    return logits[rows], next_step(model, cache, mask[rows], positions[rows, -1:])
 
 
 def one_token(logits, temperature, sharpen=None):
@@ -162,35 +116,42 @@ def generate(
     tokens = torch.full(shape, -1, device=model.device)  # -1: no token
     scores = torch.zeros(3, *shape, device=model.device)  # as one_token gives them
     stop = torch.tensor(stop, device=model.device)
+    at_once = model.device.type == "cpu" or streamer is not None
+    look_every, most_left = AT_ONCE if at_once else LATE
     bar = tqdm(total=len(tokens), desc=desc, unit="response", leave=False, delay=5,
                disable=desc is None)
     for group in batches([len(p) for p in prompts], math.inf, count=max(1, batch_size // N)):
-        cache, logits, mask, positions = prefill(model, [prompts[i] for i in group], N)
+        logits, step = prefill(model, [prompts[i] for i in group], N)
         alive = torch.tensor([i * N + k for i in group for k in range(N)], device=model.device)
+        ended = torch.zeros(len(alive), dtype=torch.bool, device=model.device)
         for t in range(max_new_tokens):
             ids, values = one_token(logits, temperature, sharpen)
-            if not values[0].isfinite().all():
-                raise UserError(f"the logits are not finite at token {t + 1}: the model's weights "
-                                "are broken, or a run's --lr is too high")
             tokens[alive, t], scores[:, alive, t] = ids[:, 0], values
+            ended |= torch.isin(ids[:, 0], stop)
             if streamer is not None:
                 streamer.put(ids[:, 0].cpu())
-            # the rows that have ended leave, and the others go on with their part of the cache
-            on = (~torch.isin(ids[:, 0], stop)).nonzero()[:, 0]
-            bar.set_postfix_str(f"token {t + 1}", refresh=False)
-            bar.update(len(alive) - len(on))
-            if len(on) == 0 or t + 1 == max_new_tokens:
-                break
-            if len(on) < len(alive):
-                cache.reorder_cache(on)
-                alive, ids, mask, positions = alive[on], ids[on], mask[on], positions[on]
-            mask, positions = F.pad(mask, (0, 1), value=1), positions + 1
-            logits = next_logits(model, cache, ids, mask, positions)
+            last = t + 1 == max_new_tokens
+            if last or (t + 1) % look_every == 0:
+                on = (~ended).nonzero()[:, 0]
+                if not values[0].isfinite().all():
+                    raise UserError(f"the logits are not finite at token {t + 1}: the model's "
+                                    "weights are broken, or a run's --lr is too high")
+                if last or len(on) == 0:
+                    break
+                bar.set_postfix_str(f"token {t + 1}", refresh=False)
+                if len(on) < len(alive) and len(on) <= most_left * len(alive):
+                    bar.update(len(alive) - len(on))
+                    step.keep(on)
+                    alive, ids, ended = alive[on], ids[on], ended[on]
+            logits = step(ids)
+        bar.update(len(alive))
     bar.close()
     if streamer is not None:
         streamer.end()
     model.train(was_training)
-    T = (tokens >= 0).sum(1).max()
-    mask = tokens[:, :T] >= 0
-    responses = [row[row >= 0].tolist() for row in tokens]
-    return Rollout(N, logits.shape[-1], responses, *scores[:, :, :T].contiguous(), mask)
+    stops = torch.isin(tokens, stop)
+    mask = (tokens >= 0) & (stops.cumsum(1) - stops.long() == 0)  # none behind the first stop
+    responses = [row[own].tolist() for row, own in zip(tokens.cpu(), mask.cpu())]
+    T = mask.sum(1).max()
+    mask, scores = mask[:, :T], scores[:, :, :T].masked_fill(~mask[:, :T], 0)
+    return Rollout(N, logits.shape[-1], responses, *scores, mask)

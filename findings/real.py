@@ -52,7 +52,7 @@ from real_tables import (
 from em_inf import SCHEMES, AdaptiveTemperature, EMInf, decode_and_grade, parse_decoder
 from engine.arguments import Help, comma_list, positive_int
 from engine.files import lock, read_jsonl, replace_file
-from engine.load import load_model, set_up
+from engine.load import add_device_arguments, load_model, set_up
 from engine.run import command, read_rows
 from entropy import output_head
 from eval import evaluate
@@ -219,9 +219,7 @@ def main(argv=None):
     for name in FULL:
         add(f"--{name}", type=positive_int, help=f"without it {FULL[name]}, on a GPU {GPU[name]}")
     add("--rollout-batch", type=positive_int, default=208, help="responses sampled at once")
-    add("--device", help="cuda, mps or cpu; without it the first there is")
-    add("--dtype", choices=["bfloat16", "float32"], help="of the weights; without it bfloat16 "
-        "on a GPU that has it")
+    add_device_arguments(add)
     add("--allow-code-execution", action="store_true", help="ask HumanEval too, and run the "
         "programs that answer, in a sandbox")
     add("--csv", type=Path, help="without it findings/real.csv, with --quick one in runs/")

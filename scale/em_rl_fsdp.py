@@ -102,6 +102,7 @@ def read(argv, world):
     val = run.load_held_out(args)
     weights = run.checkpoint_of(args.resume) if args.resume else args.model
     whole, tokenizer = load_model(weights, "cpu", dtype, args.template)
+    dtype = whole.dtype
     train = run.prepare(train, tokenizer, "answer" if args.reward in READS_LABELS else None, args)
     switch_off_dropout(whole)
     run.check_fit(whole, tokenizer, train, val, args)

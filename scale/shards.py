@@ -32,7 +32,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine import report, run
+from engine import cache, report, run
 from engine.load import switch_off_dropout
 from engine.optimizer import scale_down
 from engine.sampler import generate
@@ -190,6 +190,7 @@ def spread(whole, config, mesh, dtype, offload=False, policy=None):
     with torch.no_grad():  # a first forward in common, by which FSDP finds out what the root is
         model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     model.reshard()  # the root alone stays together behind a forward
+    cache.use_graphs = False  # FSDP's hooks work on the host
     return model
 
 

@@ -6,7 +6,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
 
+import em_rl
 from engine import load
 from engine.check import check_model, check_tokens, sampler_gap
 from engine.load import load_model, set_up, switch_off_dropout
@@ -161,3 +164,27 @@ def test_other_ropes_go_on_with_a_warning(capsys):
     assert "make 33, and the model was trained on at most 16" in capsys.readouterr().out
     check_model(random_model("mixtral", max_position_embeddings=33), rows_of(26, 9), 7)
     assert not capsys.readouterr().out
+
+
+def test_a_large_model_on_a_cpu_gets_the_dtype_of_the_faster_products(monkeypatch, capsys):
+    config = CONFIG_MAPPING["qwen2"](vocab_size=200_000, hidden_size=256)
+    small = CONFIG_MAPPING["qwen2"](vocab_size=100, hidden_size=32)
+    for seconds, chosen in ((1, torch.bfloat16), (3, torch.float32)):
+        spent = {torch.float32: 2.0, torch.bfloat16: float(seconds)}
+        monkeypatch.setattr(load, "seconds_of_product", spent.__getitem__)
+        assert load.cpu_dtype(config) is chosen
+        told = capsys.readouterr().out
+        assert str(chosen).removeprefix("torch.") in told and f"{2 / seconds:.1f} times" in told
+    assert load.cpu_dtype(small) is torch.float32 and not capsys.readouterr().out
+
+
+def test_what_was_chosen_on_a_cpu_is_a_run_s_setting(tmp_path, monkeypatch):
+    """Guards: a run that is resumed in another precision, where the products were timed anew."""
+    monkeypatch.setattr(load, "cpu_dtype", lambda config: torch.bfloat16)
+    flags = "--steps 1 --prompts 2 --max-new-tokens 4 --val none --device cpu --out"
+    em_rl.main([*flags.split(), str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run/config.json").read_text())["dtype"] == "bfloat16"
+    monkeypatch.setattr(load, "cpu_dtype", lambda config: torch.float32)
+    em_rl.main(["--resume", str(tmp_path / "run"), "--steps", "2"])
+    weights = load_file(tmp_path / "run/checkpoint/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}

@@ -177,7 +177,7 @@ def test_adapters_start_as_the_base_leave_it_as_it_is(script):
         assert first[key] == pytest.approx(metrics("plain")[1][key], rel=1e-5)
     assert abs(first["kl"]) < 1e-7 < second["kl"]
     args = argparse.Namespace(
-        resume="adapters", lora=4, model=TINY_BASE, template=(), seed=1
+        resume="adapters", lora=4, model=TINY_BASE, seed=1, template=(), recompute=False
     )
     model, _, adapters = run.load(args, "cpu", torch.float32)
     ids = torch.arange(40, 60)[None]
