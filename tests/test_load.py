@@ -168,7 +168,7 @@ def test_other_ropes_go_on_with_a_warning(capsys):
 
 def test_a_large_model_on_a_cpu_gets_the_dtype_of_the_faster_products(monkeypatch, capsys):
     config = CONFIG_MAPPING["qwen2"](vocab_size=200_000, hidden_size=256)
-    small = CONFIG_MAPPING["qwen2"](vocab_size=100, hidden_size=32)
+    small = random_model("qwen2").config
     for seconds, chosen in ((1, torch.bfloat16), (3, torch.float32)):
         spent = {torch.float32: 2.0, torch.bfloat16: float(seconds)}
         monkeypatch.setattr(load, "seconds_of_product", spent.__getitem__)
