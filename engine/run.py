@@ -187,6 +187,7 @@ def load(args, device, dtype):
     if args.recompute:
         recompute_activations(model)
     if not args.lora:
+        print_memory(model, args)
         return model, tokenizer, None
     import peft
 
@@ -200,7 +201,22 @@ def load(args, device, dtype):
     else:
         settings = dict(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
         adapters = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    print_memory(model, args)
     return model.eval(), tokenizer, adapters
+
+
+def print_memory(model, args):
+    """What a run needs whatever its tokens are: the weights, and those of a reference; of what is
+    trained a float32 gradient, Adam's two moments and, beside bfloat16 weights, a master."""
+    need = sum(p.numel() * p.itemsize for p in model.parameters())
+    if args.beta and not args.lora:
+        need *= 2
+    for p in model.parameters():
+        if p.requires_grad:
+            need += p.numel() * (12 if p.itemsize == 4 else 16)
+    if need > 1e9:
+        print(f"memory: {need / 1e9:.1f} GB for weights, reference, gradients, masters and Adam, "
+              "and more for keys, values and activations")
 
 
 def recompute_activations(model):

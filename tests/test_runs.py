@@ -177,7 +177,7 @@ def test_adapters_start_as_the_base_leave_it_as_it_is(script):
         assert first[key] == pytest.approx(metrics("plain")[1][key], rel=1e-5)
     assert abs(first["kl"]) < 1e-7 < second["kl"]
     args = argparse.Namespace(
-        resume="adapters", lora=4, model=TINY_BASE, seed=1, template=(), recompute=False
+        resume="adapters", lora=4, model=TINY_BASE, seed=1, template=(), recompute=False, beta=0.1
     )
     model, _, adapters = run.load(args, "cpu", torch.float32)
     ids = torch.arange(40, 60)[None]
@@ -190,6 +190,20 @@ def test_adapters_start_as_the_base_leave_it_as_it_is(script):
         frozen = model(ids).logits.softmax(-1)
     for probs, same in (frozen, plain), (trained, loaded):
         assert (probs - same).abs().max() < 1e-5 < 1e-3 < (trained - plain).abs().max()
+
+
+@pytest.mark.parametrize("dtype, settings, told", [
+    (torch.bfloat16, dict(beta=0.1, lora=None), "4.0 GB"),  # 2 + 2 and 4 + 4 + 8 bytes each
+    (torch.bfloat16, dict(beta=0.0, lora=None), "3.6 GB"),
+    (torch.float32, dict(beta=0.1, lora=None), "4.0 GB"),  # 4 + 4 and 4 + 8
+    (torch.float32, dict(beta=0.1, lora=8), "3.2 GB"),  # is its own reference
+])
+def test_the_memory_of_a_large_run_is_said_before_it_is_needed(dtype, settings, told, capsys):
+    model = torch.nn.Linear(10_000, 20_000, bias=False, dtype=dtype, device="meta")
+    run.print_memory(model, argparse.Namespace(**settings))
+    assert told in capsys.readouterr().out
+    run.print_memory(torch.nn.Linear(10, 10), argparse.Namespace(**settings))
+    assert not capsys.readouterr().out
 
 
 @NEEDS_PEFT
