@@ -2,7 +2,7 @@
 The dossier of a GPU: what this project does on it, in one command.
 
     python bench/gpu.py --out gpu.json          # at most 9 minutes, which are for an H100
-    python bench/gpu.py --only entropy,em_rl    # some of the parts
+    python bench/gpu.py --only sampler,em_rl    # some of the parts
     python bench/gpu.py --dry                   # every part at toy size on the CPU
 
 Every part runs in a process of its own with a time limit, so one that fails leaves the others.
@@ -43,6 +43,7 @@ import em_rl  # noqa: E402
 from bench import rollouts  # noqa: E402
 from bench.entropy import high_water, make_inputs, step  # noqa: E402
 from em_inf import EMInf  # noqa: E402
+from engine import cache as our_cache  # noqa: E402
 from engine import run  # noqa: E402
 from engine import sampler as our_sampler  # noqa: E402
 from engine.arguments import Help, comma_list, positive  # noqa: E402
@@ -159,7 +160,7 @@ def weights(sizes, folder):
 
 
 def entropy(sizes, folder):
-    """`entropy_and_logprob` and its backward, 16,384 tokens at 7B: 4 matrix products (aim: 50 %)"""
+    """`entropy_and_logprob` and its backward, 16,384 tokens at 7B: 4 matrix products (aim: 70 %)"""
     device, tokens = sizes["device"], sizes["tokens"]
     vocab, width = sizes["model"]["vocab_size"], sizes["model"]["hidden_size"]
     peak = matmul_peak(sizes)
@@ -181,7 +182,7 @@ def entropy(sizes, folder):
 
 
 def em_inf(sizes, folder):
-    """EM-INF's share of a decoding step at 7B, 64 rows (aim: 2 %)"""
+    """EM-INF at 7B, 64 rows: its share of a decoding step, and alone (aim: 0.2 ms)"""
     device, rows, length = sizes["device"], sizes["rows"][0], sizes["sampled"]
     model, prompts = random_model(sizes), some_prompts(rows)
     sharpener, seconds = EMInf(), {}
@@ -192,23 +193,51 @@ def em_inf(sizes, folder):
     sharpening = 1e3 * sum(seconds["sharpen"][4:]) / length
     decoding = 1e3 * (seconds["generate"][1] - seconds["prefill"][1]) / length
     changed = sharpener.changed / sharpener.rows
+    logits = torch.randn(rows, sizes["model"]["vocab_size"], device=device)
+    descend = functools.partial(sharpener.function, logits)
+    alone = 1e3 * median([seconds_of(descend, device) for _ in range(23)][3:])
     summary = (f"{sharpening / decoding:.1%} ({sharpening:.2f} of {decoding:.1f} ms), with "
-               f"{changed:.0%} of the rows sharpened")
-    return dict(sharpening=sharpening, decoding=decoding, changed=changed, summary=summary)
+               f"{changed:.0%} of the rows sharpened; `minimize_entropy` alone {alone:.2f} ms")
+    return dict(sharpening=sharpening, decoding=decoding, changed=changed, alone=alone,
+                summary=summary)
 
 
 def sampler(sizes, folder):
-    """Tokens/s of our sampler at 7B, 4 responses to a prompt, beside `model.generate`"""
-    device, length, speeds = sizes["device"], sizes["sampled"], {}
+    """Tokens/s of our sampler at 7B, by CUDA graphs and without (aim: 8 ms a token at 64 rows)"""
+    ways = {"graphs": (rollouts.ours, True), "no graphs": (rollouts.ours, False),
+            "model.generate": (rollouts.transformers, False)}
+    speeds = tokens_per_second(ways, sizes)
+    model, prompts = random_model(sizes), some_prompts(sizes["rows"][0])
+    greedy = []
+    for our_cache.use_graphs in True, False:
+        greedy.append(our_sampler.generate(model, prompts, [], 32, 0).responses)
+    same = [a == b for a, b in zip(sum(greedy[0], []), sum(greedy[1], []))]
+    speeds["same"] = sum(same) / len(same)
+    speeds["summary"] += f"; {speeds['same']:.1%} of greedy tokens are the same with and without"
+    return speeds
+
+
+def compiled(sizes, folder):
+    """Tokens/s of `model.generate` with a static cache, which it compiles"""
+    static = functools.partial(rollouts.transformers, cache_implementation="static")
+    return tokens_per_second({"static": (static, False)}, sizes)
+
+
+def tokens_per_second(ways, sizes):
+    """{"graphs at 64 rows": tokens/s, ..., "summary"}, 4 responses to a prompt, of which none
+    stops. A way is a function of bench/rollouts.py, and whether it may use CUDA graphs."""
+    device, length, speeds, words = sizes["device"], sizes["sampled"], {}, []
     model, tokenizer = random_model(sizes), AutoTokenizer.from_pretrained(TOKENIZER)
     for rows in sizes["rows"]:
         prompts, end = some_prompts(rows // 4), [sizes["model"]["vocab_size"]]  # none draws it
-        for name, layer in ("ours", our_sampler.GrowingLayer), ("model.generate", None):
-            draw = functools.partial(rollouts.sample, layer, model, tokenizer, prompts, end)
+        for name, (way, our_cache.use_graphs) in ways.items():
+            draw = functools.partial(way, model, tokenizer, prompts, end)
             draw(4)  # warms up
             seconds = seconds_of(functools.partial(draw, length), device)
             speeds[f"{name} at {rows} rows"] = round(rows * length / seconds)
-    return speeds | {"summary": "; ".join(f"{name} {speeds[name]:,}" for name in speeds)}
+            words.append(f"{name} at {rows} rows {rows * length / seconds:,.0f} "
+                         f"({1e3 * seconds / length:.1f} ms a token)")
+    return speeds | {"summary": "; ".join(words)}
 
 
 def vllm(sizes, folder):
@@ -295,14 +324,15 @@ def tiny(sizes, folder):
 
 
 PARTS = {  # the part and its limit in seconds
-    "weights": (weights, 90),
-    "entropy": (entropy, 60),
+    "sampler": (sampler, 120),
     "em_inf": (em_inf, 60),
-    "sampler": (sampler, 90),
-    "em_rl": (em_rl_step, 260),
-    "em_ft": (em_ft_step, 160),
+    "entropy": (entropy, 60),
+    "weights": (weights, 90),
+    "em_rl": (em_rl_step, 200),
     "lora": (lora_step, 120),
     "tiny": (tiny, 120),
+    "em_ft": (em_ft_step, 160),
+    "compiled": (compiled, 180),
     "vllm": (vllm, 150),
 }
 FROM_FOLDER = {"em_rl", "em_ft", "lora", "vllm"}  # they need what `weights` leaves

@@ -1,12 +1,16 @@
 """
-Seconds of engine.sampler.generate, of it on transformers' DynamicLayer, and model.generate.
+Tokens a second of engine.sampler.generate, beside transformers' model.generate.
 
-    python bench/rollouts.py
+    python bench/rollouts.py                                           # the tiny model
+    python bench/rollouts.py --model Qwen/Qwen2.5-Coder-0.5B-Instruct  # a real one
 
-First a step of the tiny model, then 64 rows x 1,024 tokens that never stop. One thread,
-medians of rounds in turns, after a first.
+Of the tiny model, first a step's rollouts, then 64 rows x 1,024 tokens that never stop, in which
+our sampler is also tried on transformers' DynamicLayer, which copies itself at every token. Of a
+real model, 8 prompts x 4 rows x 128 tokens that never stop, in float32 and in bfloat16. All in
+turns; the first round warms up, and medians are of the others.
 """
 import argparse
+import functools
 import sys
 import time
 from pathlib import Path
@@ -19,48 +23,92 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of bench/, whose entropy.py eval.py would import
 from engine import sampler  # noqa: E402
 from engine.cache import GrowingLayer  # noqa: E402
-from engine.load import load_model  # noqa: E402
+from engine.load import load_model, set_up  # noqa: E402
 from tasks.problems import load_problems  # noqa: E402
 from tasks.prompts import encode_problem, stop_ids  # noqa: E402
 
-LAYERS = {"ours": GrowingLayer, "DynamicLayer": DynamicLayer, "model.generate": None}
+TINY = str(ROOT / "tiny/base")
+PROBLEMS = load_problems(str(ROOT / "tiny/train.jsonl"))
 
 
-def sample(layer, model, tokenizer, prompts, stop, length):
-    if layer:
-        sampler.GrowingLayer = layer
-        return sampler.generate(model, prompts, stop, length, N=4, batch_size=256)
+def ours(model, tokenizer, prompts, stop, length):
+    return sampler.generate(model, prompts, stop, length, N=4, batch_size=256)
+
+
+def on_dynamic_layers(*settings):
+    """`ours` without the cache that grows in place."""
+    sampler.GrowingLayer = DynamicLayer
+    try:
+        return ours(*settings)
+    finally:
+        sampler.GrowingLayer = GrowingLayer
+
+
+def transformers(model, tokenizer, prompts, stop, length, **settings):
     inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     model.generate(
-        **inputs.to(model.device), do_sample=True, top_k=0, max_new_tokens=length,
-        num_return_sequences=4, eos_token_id=stop, pad_token_id=0,
+        **inputs.to(model.device), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+        repetition_penalty=1.0, max_new_tokens=length, num_return_sequences=4,
+        eos_token_id=stop, pad_token_id=0, **settings,
     )
 
 
-def compare(rounds, *settings):
-    seconds = {name: [] for name in LAYERS}
+def compare(rounds, tokens, ways):
+    """Print each way's seconds, and its tokens a second beside those of the first."""
+    seconds = {name: [] for name in ways}
     for seed in range(rounds + 1):
-        for name, layer in LAYERS.items():
+        for name, way in ways.items():
             torch.manual_seed(seed)
             started = time.perf_counter()
-            sample(layer, *settings)
+            way()
             seconds[name].append(time.perf_counter() - started)
+    first = seconds[next(iter(ways))]
     for name, spent in seconds.items():
-        ratios = [ours / other for ours, other in zip(seconds["ours"], spent)]
-        print(f"{name:14} {median(spent[1:]):.2f} s; ours takes {median(ratios[1:]):.2f} of it")
+        ratio = median([a / b for a, b in zip(first[1:], spent[1:])])
+        spent = median(spent[1:])
+        speed = f", {tokens / spent:,.0f} tokens/s" if tokens else ""
+        print(f"  {name:32} {spent:6.2f} s{speed}, {ratio:.2f} times as fast as the first")
+
+
+def tiny(rounds):
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(TINY, "cpu")
+    prompts = [encode_problem(tokenizer, problem) for problem in PROBLEMS[:64]]
+    for title, *settings in (
+        ("a step's rollouts", prompts, stop_ids(model, tokenizer), 64),
+        ("64 rows x 1,024 tokens", prompts[:16], [len(tokenizer)], 1024),
+    ):
+        print(title)
+        ways = {}
+        for way in transformers, on_dynamic_layers, ours:
+            ways[way.__name__] = functools.partial(way, model, tokenizer, *settings)
+        compare(rounds, None, ways)
+
+
+def real(rounds, name, length):
+    device, _ = set_up()
+    ways = {}
+    for dtype in torch.float32, torch.bfloat16:
+        model, tokenizer = load_model(name, device, dtype)
+        prompts = [encode_problem(tokenizer, problem) for problem in PROBLEMS[:8]]
+        settings = model, tokenizer, prompts, [len(tokenizer) + 10**6], length
+        for way in transformers, ours:
+            ways[f"{way.__name__}, {dtype}"] = functools.partial(way, *settings)
+    print(f"32 rows x {length} tokens of {name}, {torch.get_num_threads()} threads")
+    compare(rounds, 32 * length, ways)
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default=str(ROOT / "tiny/base"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or Hub id; without it the tiny model")
+    parser.add_argument("--tokens", type=int, default=128, help="of a response of a real model")
+    parser.add_argument("--rounds", type=int, help="without it 5, or 1 for a real model")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model, "cpu")
-    torch.set_num_threads(1)
-    problems = load_problems(str(ROOT / "tiny/train.jsonl"))[:64]
-    prompts = [encode_problem(tokenizer, problem) for problem in problems]
-    compare(args.rounds, model, tokenizer, prompts, stop_ids(model, tokenizer), 64)
-    compare(args.rounds, model, tokenizer, prompts[:16], [len(tokenizer)], 1024)
+    if args.model:
+        real(args.rounds or 1, args.model, args.tokens)
+    else:
+        tiny(args.rounds or 5)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 
 import em_rl
 from bench import gpu
-from engine import run, sampler
+from engine import cache, run, sampler
 
 OPTIONAL = {"lora": "peft", "vllm": "vllm"}  # the package that a part needs
 
@@ -15,7 +15,7 @@ def clocks_end(monkeypatch):
     """A part puts clocks on functions and never takes them off, since its process ends."""
     owners = [(run, "save_model"), (em_rl.MasterAdamW, "step")]
     owners += [(em_rl.MasterAdamW, "clip")]
-    owners += [(sampler, "generate"), (sampler, "prefill")]
+    owners += [(sampler, "generate"), (sampler, "prefill"), (cache, "use_graphs")]
     for script in em_rl, gpu.em_ft:
         owners += [(script, "generate"), (script, "score_all")]
     for owner, name in owners:
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 def test_every_part_runs_at_toy_size(name, folder, clocks_end):
     """A part that nobody can run without a GPU rots unseen."""
     pytest.importorskip(OPTIONAL.get(name, "torch"), reason="the part's package is not installed")
-    sizes = gpu.DRY
+    sizes, before = gpu.DRY, set(folder.rglob("state.pt"))
     got = gpu.PARTS[name][0](sizes, folder)
     assert got["summary"] and "\n" not in got["summary"] and "|" not in got["summary"]
     json.dumps(got)
@@ -45,7 +45,9 @@ def test_every_part_runs_at_toy_size(name, folder, clocks_end):
         assert got["speed"] * got["seconds"] == pytest.approx(4 * 2 * 64 * 512 * 64)
     if name == "em_inf":
         assert got["changed"] == 1 and 0 < got["sharpening"] < got["decoding"]
-    if name in ("sampler", "vllm"):
+    if name == "sampler":
+        assert got["same"] == 1
+    if name in ("sampler", "compiled", "vllm"):
         assert all(got[key] > 0 for key in got if key != "summary")
     if name == "tiny":  # twice the same, as both are the CPU here
         first, second = got["runs"]
@@ -54,7 +56,7 @@ def test_every_part_runs_at_toy_size(name, folder, clocks_end):
         assert first["entropy"] == second["entropy"]
     if name in ("em_rl", "em_ft", "lora"):
         check_training_step(name, got)
-        assert not list(folder.rglob("state.pt"))  # 107 GB of a 7B model's
+        assert set(folder.rglob("state.pt")) == before  # a 7B model's has 107 GB
 
 
 def check_training_step(name, got):
@@ -104,7 +106,7 @@ def test_no_part_starts_when_the_minutes_are_over(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--only", "entropy,sleep"], "--only sleep: the parts are weights, entropy, "),
+    (["--only", "entropy,sleep"], "--only sleep: the parts are sampler, em_inf, "),
     (["--minutes", "-1"], "-1 is not a number above 0"),
     ([], "no CUDA device here; --dry runs every part on the CPU"),
     (["--dry", "--out", "no/such/file.json"], "--out no/such/file.json: give a file, in a folder"),
