@@ -298,7 +298,8 @@ def reach_hub():
 def hub_says(reached):
     if reached:
         return "the Hub has no such public"
-    return "the Hub can't be reached (no network?) and its cache holds no such"
+    page = "course/when_something_goes_wrong.md"
+    return f"the Hub can't be reached (no network? see {page}) and its cache holds no such"
 
 
 def read_file(name):

@@ -10,8 +10,10 @@ from tests.models import ROOT
 sys.path.insert(0, str(ROOT / "findings"))
 import real_tables
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
-PLAIN = ["README.md", "course/README.md", "course/others.md"]  # read as they are, not only rendered
+COURSE = sorted(ROOT.glob("course/**/*.md"))
+PAGES = [ROOT / "README.md", *COURSE, *ROOT.glob("findings/*.md"), *ROOT.glob("bench/*.md")]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+TRAINING = "engine/run.py", "em_rl.py"  # which define flags of other scripts, too
 
 
 def anchors(page):
@@ -23,7 +25,7 @@ def anchors(page):
     return found
 
 
-@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_links_lead_to_a_file_and_a_heading(page):
     """Guards against links that a move of files or a new heading leaves behind."""
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
@@ -35,14 +37,47 @@ def test_links_lead_to_a_file_and_a_heading(page):
         assert not heading or heading in anchors(target), link
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_page_fits_an_editor(name):
-    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+def test_pages_that_messages_name_are_there():
+    for file in ROOT.glob("[a-z]*/*.py"):
+        text = file.read_text(encoding="utf-8")
+        for name in re.findall(r"\b(?:course|findings|bench)/\w+\.md", text):
+            assert (ROOT / name).exists(), f"{file}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES[: 1 + len(COURSE)], ids=NAMES[: 1 + len(COURSE)])
+def test_a_page_fits_an_editor(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
     outside = [line for line in lines if not line.startswith("|")]
     too_wide = [line for line in outside if len(line) > 100 and "://" not in line]
     assert not too_wide
-    if name == "README.md":
+    if page == ROOT / "README.md":
         assert len(outside) <= 130, "it is what most people read: put it on another page"
+
+
+def flags_of(page):
+    """(script, flag) of each command in a page's code, be it a block or a part of a line."""
+    text = re.sub(r"\\\n *", "", page.read_text(encoding="utf-8"))
+    blocks = re.compile(r"^```\w*\n(.*?)^```", re.M | re.S)
+    codes = blocks.findall(text) + re.findall(r"`([^`]+)`", blocks.sub("", text))
+    for code in codes:
+        line = code if code.endswith("\n") else code.replace("\n", " ")
+        for script, rest in re.findall(r"([\w/]+\.py)\b([^\n#|;&]*)", line):
+            for flag in re.findall(r"(?<= )--[a-z][\w-]*", rest):
+                yield script, flag
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_have_flags_that_their_scripts_know(page):
+    """Guards against flags that were renamed, and commands that nobody typed."""
+    for script, flag in flags_of(page):
+        sources = [script, "engine/load.py"]
+        if script in ("em_rl.py", "em_ft.py", "scale/em_rl_fsdp.py"):
+            sources += TRAINING
+        known = {"--help"}
+        for source in sources:
+            text = (ROOT / source).read_text(encoding="utf-8")
+            known |= set(re.findall(r'\w\(\s*"(--[\w-]+)"', text))
+        assert flag.replace("--no-", "--") in known, f"{script} {flag}"
 
 
 def test_readme_s_real_model_has_the_numbers_of_the_csv():

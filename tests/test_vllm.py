@@ -12,7 +12,7 @@ import torch
 
 from tests.models import ROOT, TINY_BASE
 
-pytest.importorskip("vllm", reason="vLLM is not installed; the README says how to get it")
+pytest.importorskip("vllm", reason="vLLM is not installed; see course/when_something_goes_wrong.md")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
