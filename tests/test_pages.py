@@ -37,6 +37,25 @@ def test_links_lead_to_a_file_and_a_heading(page):
         assert not heading or heading in anchors(target), link
 
 
+def test_the_workflow_has_no_command_but_ci_run_and_readme_s():
+    """It can't be tried here: guards against a typo in it, and commands that only it has."""
+    yaml = pytest.importorskip("yaml", reason="comes with transformers")
+    text = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
+    jobs = yaml.safe_load(text)["jobs"].values()
+    commands = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    ci_run = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    assert len(commands) == len(jobs) == 2 and "://" not in text
+    for command in commands:
+        assert command == ".ci/run" or command in readme
+        assert command == ".ci/run" or set(command.split(" && ")) <= set(ci_run)
+    for job in jobs:
+        assert job["strategy"]["matrix"]["python"][0] == "3.10"  # as text: 3.10 would be 3.1
+        assert {"actions/checkout", "actions/setup-python"} == {
+            step["uses"].partition("@")[0] for step in job["steps"] if "uses" in step
+        }
+
+
 def test_pages_that_messages_name_are_there():
     for file in ROOT.glob("[a-z]*/*.py"):
         text = file.read_text(encoding="utf-8")
