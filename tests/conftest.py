@@ -15,3 +15,19 @@ def tiny():
     from eval import load_model
 
     return load_model(TINY_BASE, "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lecture(request, tmp_path_factory):
+    """What test_notebook.begin gives, begun before the first test: the notebook's cells take half
+    a minute, in processes of their own. None where the test of them was not asked for."""
+    names = {item.name for item in request.session.items}
+    if "test_every_cell_runs_with_few_steps" not in names:
+        yield
+        return
+    from tests.test_notebook import begin
+
+    process, notebook = begin(tmp_path_factory.mktemp("lecture"))
+    with process:
+        yield process, notebook
+        process.kill()

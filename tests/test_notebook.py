@@ -1,9 +1,11 @@
 """The lecture: its cells run, and the committed file holds what they print, and nothing else."""
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -11,6 +13,7 @@ from tests.models import ROOT
 
 NOTEBOOK = ROOT / "course/entropy_minimisation.ipynb"
 CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+RUNS_CELLS = "nbclient", "ipykernel"
 CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 
 
@@ -75,21 +78,42 @@ def test_the_first_cell_clones_outside_the_repository_and_only_once(tmp_path):
         assert done.stdout == "lecture True\n", done.stderr
 
 
-def test_every_cell_runs_with_few_steps(tmp_path, monkeypatch):
-    """Guards against a lecture that a change of the scripts has broken. It runs in a copy, from
-    the notebook's own folder, as Jupyter does it."""
-    nbclient = pytest.importorskip("nbclient", reason="needs nbclient")
-    pytest.importorskip("ipykernel", reason="needs ipykernel")
-    import nbformat
+EXECUTE = """
+import sys
+from pathlib import Path
+import nbclient
+import nbformat
+path = Path(sys.argv[1])
+notebook = nbformat.read(path, as_version=4)
+place = {"metadata": {"path": str(path.parent)}}
+nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
+nbformat.write(notebook, path)
+"""
 
-    copy = tmp_path / "copy"
+
+def begin(folder):
+    """(a process that runs the notebook with few steps, the file that will have its outputs).
+
+    It runs in a copy, from the notebook's own folder, as Jupyter does it. The fixture `lecture`
+    begins it before the first test."""
     left_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "assets", "bench", "tests")
-    shutil.copytree(ROOT, copy, ignore=left_out)
-    monkeypatch.setenv("LECTURE_STEPS", "2")
-    notebook = nbformat.read(copy / "course" / NOTEBOOK.name, as_version=4)
-    place = {"metadata": {"path": str(copy / "course")}}
-    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
-    code = [cell for cell in notebook.cells if cell["cell_type"] == "code"]
+    shutil.copytree(ROOT, folder / "copy", ignore=left_out)
+    notebook = folder / "copy/course" / NOTEBOOK.name
+    process = subprocess.Popen(
+        [sys.executable, "-c", EXECUTE, notebook], env=os.environ | {"LECTURE_STEPS": "2"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    return process, notebook
+
+
+@pytest.mark.skipif(not all(map(find_spec, RUNS_CELLS)), reason="needs nbclient and ipykernel")
+def test_every_cell_runs_with_few_steps(lecture):
+    """Guards against a lecture that a change of the scripts has broken."""
+    process, notebook = lecture
+    said = process.communicate()[0]
+    assert process.returncode == 0, said[-3000:]
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
     text = printed(code)
     assert len(re.findall(r"^step 2 \| held-out", text, re.M)) == 2, "EM-FT and EM-RL"
     assert "step 3 | held-out" in text, "the run that is too fast"
