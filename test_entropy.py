@@ -30,11 +30,11 @@ from engine.sampler import generate
 from entropy import batches, entropy_and_logprob, k3, output_head, score, score_all, token_entropy
 from tasks.errors import UserError
 from tasks.problems import load_problems
-from tests.models import ARCHITECTURES, ROOT, TINY_BASE, random_model, rows_of
+from tests.models import ARCHITECTURES, FEW, TINY_BASE, random_model, rows_of
 
 cases = pytest.mark.parametrize
 FOUR = AutoTokenizer.from_pretrained(TINY_BASE)("4")["input_ids"][0]
-PROBLEMS = {p["prompt"]: p for p in load_problems(str(ROOT / "tiny/train.jsonl"))}
+PROBLEMS = {p["prompt"]: p for p in load_problems(FEW)}
 
 
 @pytest.fixture(autouse=True)
@@ -507,9 +507,10 @@ def first_step(tmp_path, monkeypatch):
         monkeypatch.setattr(MasterAdamW, "clip", spy)
         monkeypatch.setattr(script, "generate", sample)
         monkeypatch.setattr(script, "stop_ids", lambda model, tokenizer: list(stop))
-        script.main((
-            f"--out {tmp_path}/run --device cpu --val none --prompts 4 --rollouts 3 --steps 1 "
-            "--updates 2 --lr 1e-2 --budget 100 --max-new-tokens 28 "
+        monkeypatch.setattr(script.report, "plot", lambda *_: None)
+        script.main((  # with a seed by which rewards differ in both updates
+            f"--out {tmp_path}/run --device cpu --data {FEW} --val none --prompts 4 --rollouts 3 "
+            "--steps 1 --seed 2 --updates 2 --lr 1e-2 --budget 100 --max-new-tokens 28 "
             f"--temperature {temperature} {flags}"
         ).split())
         model = load_model(TINY_BASE, "cpu")[0].double()

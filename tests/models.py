@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_BASE = str(ROOT / "tiny/base")
+FEW = ROOT / "tiny/test.jsonl"  # to be trained on: tiny/train.jsonl takes longer to read
 NEEDS_POSIX = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs Linux or macOS")
 torch.set_num_threads(1)  # with small models several threads wait for each other
 

@@ -34,16 +34,16 @@ from engine.load import load_model
 from engine.sampler import generate
 from entropy import output_head, score
 from scale import em_rl_fsdp, shards
-from tests.models import ROOT, TINY_BASE, random_model, rows_of
+from tests.models import FEW, TINY_BASE, random_model, rows_of
 
 FLAGS = (
-    "--device cpu --data-size 64 --prompts 8 --val-size 3 --max-new-tokens 20 --steps 5 "
-    "--eval-every 2 --save-every 2 --guard 0 --budget 300 --seed 2 "
+    f"--device cpu --data {FEW} --data-size 64 --prompts 8 --val-size 3 --max-new-tokens 20 "
+    "--steps 5 --eval-every 2 --save-every 2 --guard 0 --budget 300 --seed 2 "
 )
-OTHER = f"--data {ROOT / 'tiny/train.jsonl'} --val none --lr 1e-4 --no-recompute --steps 2 "
+OTHER = "--val none --lr 1e-4 --no-recompute --steps 2 "
 SAME = {  # runs that em_rl.py and two processes do alike, with a seed for each prompt
     "token": "",
-    "sequence": "--reward sequence --budget 2000 --grad-clip 0.01",  # a single micro-batch
+    "sequence": "--reward sequence --budget 2000 --grad-clip 0.01 --steps 2",  # one micro-batch
     "split": "--updates 2 --recompute --keep-best --steps 2",
     "tied": f"{OTHER} --model qwen3 --reward self-certainty",
     "untied": f"{OTHER} --model llama --entropy-coef exact",
@@ -90,6 +90,7 @@ def train(script, flags, out):
 def together():
     """All that the tests need of two processes, in the current folder."""
     rank, _ = shards.join_processes()
+    report.plot = lambda *_: None
     with by_prompt():
         refused(rank)
         for name, flags in SAME.items():
@@ -104,6 +105,7 @@ def together():
     found = {"moves": moves(), "gap": whole_gap(), "memory": held()}
     if rank == 0:
         Path("found.json").write_text(json.dumps(found))
+    train(em_rl_fsdp, "--val none --steps 9000", "cut")  # until Ctrl-C
 
 
 def refused(rank):
@@ -203,14 +205,23 @@ def runs(tmp_path_factory):
         AutoTokenizer.from_pretrained(TINY_BASE).save_pretrained(kind)
     Path("same.jsonl").write_text(8 * '{"prompt": "Mod 10, left to right: 6-3-7*4+4"}\n')
     with by_prompt():
-        for name, flags in SAME.items():
-            train(em_rl, flags, f"one-{name}")
-        train(em_ft, EM_FT, "one-em-ft")
         train(em_rl_fsdp, "--steps 2", "one-then-two")
-    done = subprocess.run(
-        [*TORCHRUN, __file__], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    with subprocess.Popen(
+        [*TORCHRUN, __file__], env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as both:
+        said = ""
+        try:
+            with by_prompt():
+                for name, flags in SAME.items():
+                    train(em_rl, flags, f"one-{name}")
+                train(em_ft, EM_FT, "one-em-ft")
+            while "step 6 |" not in said:  # of "cut", as all others end before
+                said += both.stdout.readline()
+                assert both.poll() is None, said[-9000:]
+        finally:
+            both.send_signal(signal.SIGINT)
+            Path("said.txt").write_text(said + both.communicate()[0])
     with by_prompt():
         em_rl_fsdp.main("--resume two-then-one --steps 4".split())
     yield folder
@@ -235,7 +246,7 @@ def test_two_processes_give_the_metrics_of_em_rl(runs, name):
     """A normaliser of one process only, a mean of means, a norm over one's own shards, a
     gradient averaged where it must be summed: each would show. Micro-batches are of unequal
     number, but for "sequence"."""
-    steps = 5 if name in ("token", "sequence") else 2
+    steps = 5 if name == "token" else 2
     equal_metrics(runs / f"two-{name}", runs / f"one-{name}", steps)
     best = [(runs / f"{first}-{name}/best").exists() for first in ("one", "two")]
     assert best == [name == "split"] * 2
@@ -323,24 +334,14 @@ def test_bad_input_is_said_once_and_ends_every_process(runs):
     assert set(second) == {""}
 
 
-def test_ctrl_c_to_torchrun_saves(tmp_path):
+def test_ctrl_c_to_torchrun_saves(runs):
     """torchrun passes the signal on once, and the processes see it in different steps: if they
     did not agree, one would wait for ever in a step that the other does not do."""
-    script = [ROOT / "scale/em_rl_fsdp.py", *FLAGS.split(), "--val", "none"]
-    process = subprocess.Popen(
-        [*TORCHRUN, *script, "--steps", "9000", "--out", "cut"], cwd=tmp_path, env=ENVIRONMENT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )
-    output = ""
-    while "step 3 |" not in output:
-        output += process.stdout.readline()
-        assert process.poll() is None, output
-    process.send_signal(signal.SIGINT)
-    output += process.communicate()[0]
-    step = int(re.search(r"stopped after step (\d+); to go on: --resume cut", output)[1])
-    assert torch.load(tmp_path / "cut/checkpoint/state.pt")["step"] == step
-    assert len(metrics(tmp_path / "cut")) == step + 1 and "SIGKILL" not in output
-    assert (tmp_path / f"cut/sharded-{step}/.metadata").exists()
+    said = (runs / "said.txt").read_text()
+    step = int(re.search(r"stopped after step (\d+); to go on: --resume cut", said)[1])
+    assert torch.load(runs / "cut/checkpoint/state.pt")["step"] == step
+    assert len(metrics(runs / "cut")) == step + 1 and "SIGKILL" not in said
+    assert (runs / f"cut/sharded-{step}/.metadata").exists()
 
 
 @pytest.mark.parametrize("billions, layers, settings", [
