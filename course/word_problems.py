@@ -1,6 +1,6 @@
 """
 English word problems with answers in three styles, to give a small pretrained model an ability
-that entropy minimisation can bring out: see "From the toy to a real model" in README.md.
+that entropy minimisation can bring out: see findings/smollm2.md.
 
     python course/word_problems.py --out runs/words   # train.jsonl, test.jsonl, hard.jsonl
 
