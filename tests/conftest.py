@@ -9,6 +9,11 @@ import pytest
 from tests.models import TINY_BASE
 
 
+def pytest_configure(config):
+    """peft 0.21 asks a model by a name that transformers 5.24 has given up, and is told so."""
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The tiny model and its tokenizer; not to be changed."""

@@ -31,11 +31,11 @@ from engine.guard import collapsed
 from engine.inputs import digest_of_model
 from engine.load import load_model
 from engine.optimizer import MasterAdamW
-from tests.models import NEEDS_POSIX, ROOT, TINY_BASE, random_model
+from tests.models import FEW, NEEDS_POSIX, ROOT, TINY_BASE, random_model
 
 FLAGS = (
-    "--device cpu --data-size 32 --prompts 4 --val-size 4 --max-new-tokens 8 --steps 4 "
-    "--eval-every 2 --save-every 2 "
+    f"--device cpu --data {FEW} --data-size 32 --prompts 4 --val-size 4 --max-new-tokens 8 "
+    "--steps 4 --eval-every 2 --save-every 2 "
 )
 BOTH = pytest.mark.parametrize("script", [em_rl, em_ft])
 NEEDS_PEFT = pytest.mark.skipif(not find_spec("peft"), reason="--lora needs peft")
@@ -304,7 +304,7 @@ def test_prompts_that_training_and_evaluation_share_are_counted(capsys):
     said = capsys.readouterr().out
     assert "note: 9 of the 9 held-out prompts are training prompts" in said
     assert said.index("note: ") < said.index("step 0")
-    train("--steps 1 --out other")
+    train(f"--data {ROOT}/tiny/train.jsonl --steps 1 --out other")
     assert "note: " not in capsys.readouterr().out
 
 
