@@ -132,7 +132,7 @@ def found(rows, model, name, where, how):
     if name == "base":
         return real_tables.find(rows, model, "", where, how)
     if "," not in name:
-        decoder = name.lower().replace(" ", "-") + "@1"
+        decoder = name.partition(" (")[0].lower().replace(" ", "-") + "@1"
         return real_tables.find(rows, model, "", where, decoder) if how == "sample@1" else []
     runs = sorted({key[1] for key in rows if key[1].rpartition(", ")[0] == name})
     return [row for run in runs for row in real_tables.find(rows, model, run, where, how)]
