@@ -55,6 +55,7 @@ from engine.files import (
 from engine.inputs import absolute, digest_of, digest_of_model, refuse_changes
 from engine.load import add_device_arguments, load_model, set_up
 from engine.sampler import generate
+from engine.settings import saved_settings
 from entropy import output_head, score_all
 from tasks import answers, scores
 from tasks.errors import UserError
@@ -283,7 +284,7 @@ def main(argv=None):
         raise UserError("--shard: all parts need the same --out")
     begun, before = folder_in_use(args), {}
     if begun:
-        before, args = run.saved_settings(begun, NAME, parser, argv, NOT_SAVED)
+        before, args = saved_settings(begun, NAME, parser, argv, NOT_SAVED)
     if args.diagnose:
         if args.decode != parser.get_default("decode").split(","):
             raise UserError(f"--decode {','.join(args.decode)}: --diagnose compares greedy and "

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from em_inf import LEVELS, TINY, EMInf
 from engine.arguments import Help, path_name, plain_text, positive, positive_int, whole_number
 from engine.check import check_model
-from engine.files import read_config, refuse_to_replace, replace_file
+from engine.files import checkpoint_of, read_config, refuse_to_replace, replace_file
 from engine.load import load_model, set_up
-from engine.run import checkpoint_of, command, read_rows
+from engine.run import command, read_rows
 from engine.sampler import generate
 from entropy import output_head, score_all, token_entropy
 from tasks.problems import load_problems

@@ -158,6 +158,17 @@ def read_config(folder, script=None):
     return config
 
 
+def checkpoint_of(folder):
+    """The folder that --resume loads. UserError where a run has saved none."""
+    for name in ("checkpoint", "checkpoint.old"):  # .old: killed between two renames
+        if (Path(folder) / name / "state.pt").exists():
+            return Path(folder) / name
+    raise UserError(
+        f"{folder}: no checkpoint/state.pt in it, so there is nothing to resume; start again "
+        "with another --out"
+    )
+
+
 def lines_of(folder):
     """The samples that an evaluation has written, those of a shard in a file of its own."""
     rows = []

@@ -28,12 +28,10 @@ The columns of metrics.csv, empty where a step did not measure something:
     val_entropy        nats a token of the held-out responses at T = 1
     val_length, val_truncated      of the greedy responses
 """
-import argparse
 import contextlib
 import csv
 import errno
 import functools
-import importlib.util
 import inspect
 import io
 import json
@@ -50,15 +48,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from engine.arguments import (
-    Help,
-    as_flags,
-    growth,
-    path_name,
-    positive_int,
-    template_settings,
-    whole_number,
-)
+from engine import files, settings
 from engine.check import check_model, sampler_gap
 from engine.files import (
     append_jsonl,
@@ -70,13 +60,17 @@ from engine.files import (
     replace,
     replace_file,
 )
-from engine.inputs import absolute, digest_of, digest_of_model
-from engine.load import add_device_arguments, load_model, switch_off_dropout
+from engine.inputs import digest_of, digest_of_model
+from engine.load import load_model, switch_off_dropout
 from engine.output import printing
 from engine.report import SAMPLE
+from engine.settings import NOT_SAVED
 from tasks.errors import UserError
 from tasks.problems import TRAINING, benchmark_of, load_gradable
 from tasks.prompts import encode_problem, stop_ids
+
+# em_rl.py, em_ft.py and findings/jobs.py call these by run's name, until they have been changed
+checkpoint_of, parse_args = files.checkpoint_of, settings.parse_args
 
 COLUMNS = (
     "step entropy reward reward_std length truncated kl grad_norm tokens flops "
@@ -86,87 +80,6 @@ AT_EACH_STEP = "entropy length truncated grad_norm tokens flops seconds".split()
 HELD_OUT = COLUMNS[-5:]  # all or none of them
 
 # ------------------------------------------------------------------- starting and resuming
-
-
-def add_arguments(parser):
-    """The settings that every training run has."""
-    add = parser.add_argument_group("model and data").add_argument
-    add("--model", type=path_name, help="folder or Hub id; without it the tiny one, set as "
-        "said below")
-    add("--template", type=template_settings, metavar="KEY=VALUE", help="settings of the chat "
-        "template, with commas: enable_thinking=false")
-    add("--data", default="numina", help="training prompts: JSONL file or Hub name")
-    add("--data-size", type=positive_int, default=35_000, help="prompts drawn from --data")
-    add("--val", default="math500", help="held-out problems: JSONL file, Hub name, or none")
-    add("--val-size", type=positive_int, default=512, help="use the first VAL_SIZE of them")
-    add("--max-prompt-tokens", type=positive_int, default=1024, help="longer ones are left out")
-    add = parser.add_argument_group("device and memory").add_argument
-    add_device_arguments(add)
-    add("--offload", action=argparse.BooleanOptionalAction, help="float32 masters and Adam in CPU "
-        "memory; without this flag only where the GPU is too small")
-    add("--recompute", action=argparse.BooleanOptionalAction, default=True,
-        help="compute activations again in the backward: less memory, more time")
-    add("--lora", type=positive_int, metavar="R", help="train adapters of rank R (peft) instead of "
-        "the weights: far less memory, and about ten times the --lr")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval-every", type=positive_int, default=10, help="steps between evaluations")
-    add("--keep-best", action="store_true", help="keep the best held-out model, by labels")
-    add("--guard", type=growth, default=4.0, metavar="X", help="stop when length or entropy has "
-        "grown X-fold, or the run has collapsed otherwise; 0: never")
-    add = parser.add_argument_group("run").add_argument
-    add("--out", type=path_name, help="folder for the run; without it a new one in runs/")
-    add("--resume", type=path_name, metavar="FOLDER", help="go on; the run's settings hold unless "
-        "given again")
-    add("--save-every", type=positive_int, default=10, help="steps between checkpoints")
-    add("--seed", type=whole_number, default=1, help="random seed")
-    add("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
-
-
-def parse_args(argv, description, add_method, tiny, script):
-    """The settings of a run: flags first, then those of the run that is resumed or, without
-    --model, those of `tiny`, then the defaults. `add_method` adds the method's own flags."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=Help, usage=f"python {script} [options]",
-        epilog="Without --model: " + ", ".join(f"{key} {tiny[key]}" for key in tiny),
-    )
-    add_method(parser)
-    add_arguments(parser)
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    if args.resume:
-        if args.out:
-            parser.error(f"--out {args.out}: --resume {args.resume} goes on in its own folder")
-        read_config(args.resume, script)
-        checkpoint_of(args.resume)
-        lock(args.resume)
-        before, args = saved_settings(args.resume, script, parser, argv, NOT_SAVED)
-        if args.lora != before["lora"]:
-            parser.error(f"--lora {args.lora}: {args.resume} has {before['lora']}, and keeps it")
-    elif args.model is None:
-        args = parser.parse_args(argv, argparse.Namespace(**tiny))
-    args.model = absolute(args.model, os.path.isdir)
-    args.data, args.val = absolute(args.data), absolute(args.val)
-    if args.updates > args.prompts:
-        parser.error(f"--updates {args.updates}: at most one for each of --prompts {args.prompts}")
-    for flag, package in ("wandb", "wandb"), ("lora", "peft"):
-        if vars(args)[flag] and not importlib.util.find_spec(package):
-            parser.error(f"--{flag} {vars(args)[flag]}: needs a package; pip install {package}")
-    return args
-
-
-def saved_settings(folder, script, parser, argv, not_saved):
-    """The settings in the config.json of a folder that `script` must have written, and the same
-    with those that `argv` gives anew. UserError, or argparse's own error, for a bad one."""
-    path = Path(folder, "config.json")
-    saved = read_config(folder, script)
-    settings = {key: saved[key] for key in saved if key not in ("script", "inputs")}
-    defaults = vars(parser.parse_args([]))
-    defaults = {key: defaults[key] for key in defaults if key not in not_saved}
-    flags = as_flags(settings, defaults | {"model": "needed"}, path)
-    name, parser.prog = parser.prog, path  # argparse names it where a value is bad
-    before = vars(parser.parse_args(flags))
-    parser.prog = name
-    return {key: before[key] for key in settings}, parser.parse_args(flags + argv)
 
 
 def load(args, device, dtype):
@@ -383,9 +296,6 @@ def new_folder(args, script):
     return folder
 
 
-NOT_SAVED = ("resume", "out")
-
-
 def refuse_to_overwrite(folder, script):
     """UserError where the folder holds a run, with what can be done instead."""
     if not os.path.exists(folder / "config.json"):
@@ -397,17 +307,6 @@ def refuse_to_overwrite(folder, script):
     elif not (folder / "checkpoint").exists() and not (folder / "checkpoint.old").exists():
         way_out = "it ended before its first checkpoint; remove it, or give another --out"
     raise UserError(f"{folder} is in use: {way_out}")
-
-
-def checkpoint_of(folder):
-    """The folder that --resume loads. UserError where a run has saved none."""
-    for name in ("checkpoint", "checkpoint.old"):  # .old: killed between two renames
-        if (Path(folder) / name / "state.pt").exists():
-            return Path(folder) / name
-    raise UserError(
-        f"{folder}: no checkpoint/state.pt in it, so there is nothing to resume; start again "
-        "with another --out"
-    )
 
 
 def restore(args, optimizer):

@@ -48,8 +48,10 @@ import em_rl
 from em_rl import READS_LABELS, REWARDS, TINY, advantage, policy_objective
 from engine import report, run
 from engine.arguments import positive, positive_int
+from engine.files import checkpoint_of
 from engine.guard import collapsed
 from engine.load import load_model, set_up, switch_off_dropout
+from engine.settings import parse_args
 from entropy import batches, k3, output_head
 from scale import shards, vllm_rollouts
 from scale.shards import on_rank_0, rank_0_leads, total
@@ -90,7 +92,7 @@ def read(argv, world):
     first.add_argument("--method", default="rl")
     method = first.parse_known_args(argv)[0].method
     add = functools.partial(add_arguments, method=method)
-    args = run.parse_args(argv, __doc__, add, TINY, NAME)
+    args = parse_args(argv, __doc__, add, TINY, NAME)
     check(args, world)
     if args.plan:
         shards.print_plan(args)
@@ -100,7 +102,7 @@ def read(argv, world):
     train = load_problems(args.data)
     train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
     val = run.load_held_out(args)
-    weights = run.checkpoint_of(args.resume) if args.resume else args.model
+    weights = checkpoint_of(args.resume) if args.resume else args.model
     whole, tokenizer = load_model(weights, "cpu", dtype, args.template)
     dtype = whole.dtype
     train = run.prepare(train, tokenizer, "answer" if args.reward in READS_LABELS else None, args)

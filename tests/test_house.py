@@ -93,3 +93,10 @@ def test_no_function_but_a_main_is_longer_than_a_screen(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef) and node.name != "main":
             assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_the_settings_of_a_run_stand_in_a_file_of_their_own():
+    """Guards against flags in engine/run.py, which is a run's folder and nothing else."""
+    modules = {module for module, _, _ in imports(ROOT / "engine/run.py")}
+    assert not modules & {"argparse", "engine.arguments"}
+    assert {"add_arguments", "parse_args"} <= defined_in(ROOT / "engine/settings.py")

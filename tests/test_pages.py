@@ -13,7 +13,7 @@ import real_tables
 COURSE = sorted(ROOT.glob("course/**/*.md"))
 PAGES = [ROOT / "README.md", *COURSE, *ROOT.glob("findings/*.md"), *ROOT.glob("bench/*.md")]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-TRAINING = "engine/run.py", "em_rl.py"  # which define flags of other scripts, too
+TRAINING = "engine/settings.py", "em_rl.py"  # which define flags of other scripts, too
 
 
 def anchors(page):
