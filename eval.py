@@ -43,16 +43,9 @@ from engine.arguments import (
     template_settings,
 )
 from engine.check import check_model
-from engine.files import (
-    append_jsonl,
-    lines_of,
-    lock,
-    make_folder,
-    read_config,
-    read_samples,
-    replace_file,
-)
-from engine.inputs import absolute, digest_of, digest_of_model, refuse_changes
+from engine.files import append_jsonl, lock, read_samples, replace_file
+from engine.inputs import absolute, refuse_changes
+from engine.jobs import folder_in_use, jobs_left, jobs_of, open_folder
 from engine.load import add_device_arguments, load_model, set_up
 from engine.sampler import generate
 from engine.settings import saved_settings
@@ -61,7 +54,7 @@ from tasks import answers, scores
 from tasks.errors import UserError
 from tasks.problems import HUB, load_gradable, load_problems
 from tasks.prompts import encode_problem, response_texts, stop_ids
-from tasks.steps import as_asked, ask_in_rounds, pieces
+from tasks.steps import as_asked, ask_in_rounds
 
 HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
 DECODERS = {0: "greedy", 1: "sample"}  # by temperature
@@ -194,49 +187,6 @@ def temperature_of(decoder):
     return temperature
 
 
-def jobs_of(problems, args):
-    """A job is some problems of one data set, with one decoder and one seed: a dict. Its
-    samples have `places` among all of that data set, decoder and seed, and are written at once.
-    """
-    jobs = []
-    for data, decoder, seed in itertools.product(problems, args.decode, range(1, args.seeds + 1)):
-        greedy = temperature_of(decoder) == 0
-        if seed > 1 and greedy:
-            continue  # greedy decoding does not depend on the seed
-        n, end = 1 if greedy else args.n, 0
-        for some in pieces(problems[data], max(1, args.rollout_batch // n)):
-            places = range(end, end + len(some) * n)
-            job = dict(data=data, decoder=decoder, seed=seed, n=n, problems=some, places=places)
-            jobs.append(job)
-            end = places.stop
-    return jobs
-
-
-def folder_in_use(args):
-    """The folder of an evaluation that goes on, perhaps one that another shard has begun."""
-    if args.shard and args.out and os.path.exists(Path(args.out, "config.json")):
-        return args.out
-    return args.resume
-
-
-def open_folder(args, problems):
-    """The folder of the evaluation, made with its config.json unless it exists already. UserError
-    where it began with other settings, another model or other problems, or where it is in use."""
-    settings = {"script": NAME}
-    settings |= {key: value for key, value in vars(args).items() if key not in NOT_SAVED}
-    settings["inputs"] = {data: digest_of(some) for data, some in problems.items()}
-    settings["inputs"][args.model] = digest_of_model(args.model)
-    begun = folder_in_use(args)  # asked again, since another shard may have begun meanwhile
-    if begun:
-        refuse_changes(begun, read_config(begun, NAME), settings)
-        return Path(begun)
-    if args.out and os.path.exists(Path(args.out, "config.json")):
-        raise UserError(f"{args.out} is in use: --resume {args.out}, or another --out")
-    folder = make_folder(args.out, "runs/eval")
-    replace_file(folder / "config.json", json.dumps(settings, indent=1) + "\n")
-    return folder
-
-
 @run.command
 def main(argv=None):
     # ----------------------------------------------------------------------------- settings
@@ -310,7 +260,7 @@ def main(argv=None):
     prompts = [encode_problem(tokenizer, problem) for problem in asked]
     check_model(model, prompts, args.max_new_tokens)
     head = output_head(model, prompts[0])
-    folder = open_folder(args, problems)
+    folder = open_folder(args, problems, NAME, NOT_SAVED)
     first, parts = args.shard or (0, 1)
     suffix = f"-{first}" if args.shard else ""
     lock(folder, f"lock{suffix}")
@@ -320,11 +270,8 @@ def main(argv=None):
     print(f"results: {folder}", flush=True)
 
     # --------------------------------------------------------------------------- evaluation
-    done = {(sample["job"], sample["place"]) for sample in lines_of(folder)}  # of every part
-    jobs, left = jobs_of(problems, args), []
-    for number in range(first, len(jobs), parts):
-        if not all((number, place) in done for place in jobs[number]["places"]):
-            left.append(number)
+    jobs = jobs_of(problems, args)
+    left = jobs_left(jobs, folder, first, parts)
     try:
         for number in tqdm(left, unit="job", leave=False, delay=5):
             job = jobs[number]
