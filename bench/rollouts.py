@@ -7,7 +7,7 @@ Tokens a second of engine.sampler.generate, beside transformers' model.generate.
 Of the tiny model, first a step's rollouts, then 64 rows x 1,024 tokens that never stop, in which
 our sampler is also tried on transformers' DynamicLayer, which copies itself at every token. Of a
 real model, 8 prompts x 4 rows x 128 tokens that never stop, in float32 and in bfloat16. All in
-turns; the first round warms up, and medians are of the others.
+turns, after four tokens that warm up; seconds are medians of the rounds.
 """
 import argparse
 import functools
@@ -53,36 +53,34 @@ def transformers(model, tokenizer, prompts, stop, length, **settings):
     )
 
 
-def compare(rounds, tokens, ways):
-    """Print each way's seconds, and its tokens a second beside those of the first."""
+def compare(rounds, length, ways):
+    """Print each way's seconds, and how many times as fast as the first it is."""
     seconds = {name: [] for name in ways}
     for seed in range(rounds + 1):
         for name, way in ways.items():
             torch.manual_seed(seed)
             started = time.perf_counter()
-            way()
+            way(length if seed else 4)  # warms up at first
             seconds[name].append(time.perf_counter() - started)
-    first = seconds[next(iter(ways))]
-    for name, spent in seconds.items():
-        ratio = median([a / b for a, b in zip(first[1:], spent[1:])])
-        spent = median(spent[1:])
-        speed = f", {tokens / spent:,.0f} tokens/s" if tokens else ""
-        print(f"  {name:32} {spent:6.2f} s{speed}, {ratio:.2f} times as fast as the first")
+    first = seconds[next(iter(ways))][1:]
+    for name, (_, *spent) in seconds.items():
+        ratio = median([a / b for a, b in zip(first, spent)])
+        print(f"  {name:30} {median(spent):7.2f} s, {ratio:.2f} times as fast as the first")
 
 
 def tiny(rounds):
     torch.set_num_threads(1)
     model, tokenizer = load_model(TINY, "cpu")
     prompts = [encode_problem(tokenizer, problem) for problem in PROBLEMS[:64]]
-    for title, *settings in (
+    for title, some, stop, length in (
         ("a step's rollouts", prompts, stop_ids(model, tokenizer), 64),
         ("64 rows x 1,024 tokens", prompts[:16], [len(tokenizer)], 1024),
     ):
         print(title)
         ways = {}
         for way in transformers, on_dynamic_layers, ours:
-            ways[way.__name__] = functools.partial(way, model, tokenizer, *settings)
-        compare(rounds, None, ways)
+            ways[way.__name__] = functools.partial(way, model, tokenizer, some, stop)
+        compare(rounds, length, ways)
 
 
 def real(rounds, name, length):
@@ -91,11 +89,13 @@ def real(rounds, name, length):
     for dtype in torch.float32, torch.bfloat16:
         model, tokenizer = load_model(name, device, dtype)
         prompts = [encode_problem(tokenizer, problem) for problem in PROBLEMS[:8]]
-        settings = model, tokenizer, prompts, [len(tokenizer) + 10**6], length
+        never = [len(tokenizer) + 10**6]  # no token's id
         for way in transformers, ours:
-            ways[f"{way.__name__}, {dtype}"] = functools.partial(way, *settings)
+            ways[f"{way.__name__}, {dtype}"] = functools.partial(
+                way, model, tokenizer, prompts, never
+            )
     print(f"32 rows x {length} tokens of {name}, {torch.get_num_threads()} threads")
-    compare(rounds, 32 * length, ways)
+    compare(rounds, length, ways)
 
 
 def main():
