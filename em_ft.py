@@ -24,7 +24,6 @@ engine/run.py lists the files of a run.
 Departures from the paper (arXiv 2505.15134) and its released trainer:
   - The objective is divided by the number of tokens of the update: every token weighs the same.
 """
-import random
 import sys
 import time
 from contextlib import nullcontext
@@ -39,17 +38,14 @@ from engine.guard import collapsed
 from engine.load import load_model, set_up
 from engine.optimizer import MasterAdamW
 from engine.sampler import generate
+from engine.settings import parse_args
 from entropy import batches, k3, output_head, score, score_all
 from eval import evaluate_held_out
-from tasks.problems import load_problems
 from tasks.prompts import response_texts, stop_ids
 
-HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
-# TINY is used without --model; the other defaults, in add_arguments, are the paper's
-TINY = dict(
-    model=str(HERE / "tiny/base"),
-    data=str(HERE / "tiny/train.jsonl"),
-    val=str(HERE / "tiny/test.jsonl"),
+NAME = Path(__file__).name
+TINY = dict(  # is used without --model; the other defaults, in add_arguments, are the paper's
+    model="tiny/base", data="tiny/train.jsonl", val="tiny/test.jsonl",
     lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5,
     budget=8192, rollout_batch=256, recompute=False,
 )
@@ -58,7 +54,7 @@ TINY = dict(
 
 
 def add_arguments(parser):
-    """The settings of the method. run.add_arguments has those of any training run."""
+    """The settings of the method. engine/settings.py has those of any training run."""
     add = parser.add_argument_group("sampling").add_argument
     add("--prompts", type=positive_int, default=512, metavar="B", help="prompts per step")
     add("--rollouts", type=positive_int, default=1, metavar="N", help="responses per prompt")
@@ -68,8 +64,7 @@ def add_arguments(parser):
         "another number draws other samples, and the same greedy ones")
     add = parser.add_argument_group("objective").add_argument
     add("--loss", choices=["entropy", "sft"], default="entropy", help="sft: of labelled solutions")
-    add("--beta", type=nonnegative, default=0.0, help="weight of the KL; 0: no KL, and no "
-        "second model in memory")
+    add("--beta", type=nonnegative, default=0.0, help="weight of the KL; 0: no second model")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=positive_int, default=40, help="batches of responses")
     add("--updates", type=positive_int, default=1, metavar="K", help="split a batch into K updates")
@@ -80,14 +75,12 @@ def add_arguments(parser):
 
 @run.command
 def main(argv=None):
-    args = run.parse_args(argv, __doc__, add_arguments, TINY, NAME)
+    args = parse_args(argv, __doc__, add_arguments, TINY, NAME)
     label = "solution" if args.loss == "sft" else None  # the only label that training sees
 
     # ------------------------------------------------------------------------------- set-up
     device, dtype = set_up(args.device, args.dtype, args.graph)
-    train = load_problems(args.data)
-    train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
-    val = run.load_held_out(args)
+    train, val = run.load_data(args)
     model, tokenizer, adapters = run.load(args, device, dtype)
     train = run.prepare(train, tokenizer, label, args)
     run.check_inputs(args, train, val)
@@ -100,8 +93,6 @@ def main(argv=None):
     start, history = run.restore(args, optimizer)
     folder = run.new_folder(args, NAME)
     B, N, stop = args.prompts, args.rollouts, stop_ids(model, tokenizer)
-    # with --lora the model is its own reference, when its adapters are off
-    without_adapters = adapters.disable_adapter if adapters else nullcontext
     run.announce(args, model, tokenizer, head, train, val, folder)
     logger = run.start_logger(args, folder)
     stopping = run.StopSignal()
@@ -132,7 +123,7 @@ def main(argv=None):
 
         # reference: log-probs of the same tokens under the initial model
         if args.beta:
-            with without_adapters():
+            with adapters.disable_adapter() if adapters else nullcontext():  # of --lora
                 initial = score_all(
                     reference, ref_head, prompts, responses, args.temperature, args.budget
                 )
@@ -150,8 +141,7 @@ def main(argv=None):
                 if args.beta:
                     ref = initial.logprobs[micro, : new.mask.shape[1]]
                     objective = objective - args.beta * k3(new.logprobs, ref)
-                objective = (objective * new.mask).sum() / num_tokens
-                loss = -objective
+                loss = -(objective * new.mask).sum() / num_tokens
                 loss.backward()
             grad_norm = optimizer.clip(args.grad_clip)
             optimizer.step()

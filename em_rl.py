@@ -23,17 +23,16 @@ ends is cut at --max-new-tokens, and counts like any other. Labels only measure 
 accuracy, unless --reward correct asks for more. After Ctrl-C, --resume runs/NAME gives the run
 that was not stopped: the checkpoint has weights, masters and moments, and a step's prompts and
 seed depend on its number alone. --steps 200 extends a finished run.
-engine/run.py lists the files of a run.
 
-Departures from the paper (arXiv 2505.15134) and its released trainer:
-  - The objective is divided by the number of tokens of the update: every token weighs the same.
-  - A reward is a mean over tokens, as released. The paper's formulas sum (--reward-norm sum).
-  - One on-policy update per batch, as in the paper. The released trainer splits the batch into
-    four, with the ratio clipped (--updates 4), and adds 0.001 x mean entropy to the objective
-    (--entropy-coef 0.001), against its own reward.
+Departures from the paper (arXiv 2505.15134) and its released trainer: the objective is divided by
+the number of tokens of the update, so every token weighs the same, and
+
+                       here             paper    released trainer
+    a reward           mean of tokens   sum      mean                   --reward-norm
+    updates a batch    1, on-policy     1        4, ratios clipped      --updates
+    entropy bonus      0                0        0.001                  --entropy-coef
 """
 import math
-import random
 import sys
 import time
 from contextlib import nullcontext
@@ -48,18 +47,15 @@ from engine.guard import collapsed
 from engine.load import load_model, set_up
 from engine.optimizer import MasterAdamW
 from engine.sampler import generate
+from engine.settings import parse_args
 from entropy import batches, k3, output_head, score, score_all
 from eval import evaluate_held_out
 from tasks.answers import is_correct, votes
-from tasks.problems import load_problems
 from tasks.prompts import response_texts, stop_ids
 
-HERE, NAME = Path(__file__).resolve().parent, Path(__file__).resolve().name
-# TINY is used without --model; the other defaults, in add_arguments, are the paper's
-TINY = dict(
-    model=str(HERE / "tiny/base"),
-    data=str(HERE / "tiny/train.jsonl"),
-    val=str(HERE / "tiny/test.jsonl"),
+NAME = Path(__file__).name
+TINY = dict(  # is used without --model; the other defaults, in add_arguments, are the paper's
+    model="tiny/base", data="tiny/train.jsonl", val="tiny/test.jsonl",
     lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5,
     budget=8192, rollout_batch=256, recompute=False,
 )
@@ -157,10 +153,10 @@ def policy_objective(new, old, ref, advantages, args):
 
 
 def entropy_weight(mask, args):
-    """c of `policy_objective`: --entropy-coef, or for `exact` a token's weight in the token reward.
-    With `exact` the objective has the gradient of that reward, too. It is meant for --reward token
-    with rloo: there the expected gradient of the two terms equals that of the sequence reward, for
-    sums, or if all lengths are equal.
+    """c of `policy_objective`. With `exact` it is minus a token's weight in the token reward, so
+    that the objective has that reward's own gradient, too. It is meant for --reward token with
+    rloo: there the two have the expected gradient of the sequence reward, for sums or if all
+    lengths are equal.
     """
     if args.entropy_coef != "exact":
         return args.entropy_coef
@@ -171,7 +167,7 @@ def entropy_weight(mask, args):
 
 
 def add_arguments(parser):
-    """The settings of the method. run.add_arguments has those of any training run."""
+    """The settings of the method. engine/settings.py has those of any training run."""
     add = parser.add_argument_group("sampling").add_argument
     add("--prompts", type=positive_int, default=512, metavar="B", help="prompts per step")
     add("--rollouts", type=two_or_more, default=4, metavar="N", help="responses per prompt")
@@ -181,14 +177,11 @@ def add_arguments(parser):
         "another number draws other samples, and the same greedy ones")
     add = parser.add_argument_group("reward and objective").add_argument
     add("--reward", choices=REWARDS, default="token", help="what makes a response more likely")
-    add("--reward-norm", choices=["mean", "sum"], default="mean", help="sum: the "
-        "reward times the response's tokens")
+    add("--reward-norm", choices=["mean", "sum"], default="mean", help="sum: x tokens")
     add("--advantage", choices=["rloo", "grpo"], default="rloo", help="baseline of a reward")
-    add("--beta", type=nonnegative, default=0.001, help="weight of the KL; 0: no KL, and no "
-        "second model in memory")
-    add("--entropy-coef", type=number_or_exact, default=0.0, metavar="C", help="adds C x entropy "
-        "to the objective: 0.001 as released, below 0 EM-FT's gradient, or exact: the token "
-        "reward's own gradient")
+    add("--beta", type=nonnegative, default=0.001, help="weight of the KL; 0: no second model")
+    add("--entropy-coef", type=number_or_exact, default=0.0, metavar="C", help="adds C x entropy: "
+        "0.001 as released, below 0 EM-FT's gradient, or exact: the token reward's own gradient")
     add("--clip", type=positive, default=0.2, help="of the ratio; matters for --updates 2 and more")
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=positive_int, default=100, help="batches of responses")
@@ -200,14 +193,12 @@ def add_arguments(parser):
 
 @run.command
 def main(argv=None):
-    args = run.parse_args(argv, __doc__, add_arguments, TINY, NAME)
+    args = parse_args(argv, __doc__, add_arguments, TINY, NAME)
     label = "answer" if args.reward in READS_LABELS else None  # the only label that training sees
 
     # ------------------------------------------------------------------------------- set-up
     device, dtype = set_up(args.device, args.dtype, args.graph)
-    train = load_problems(args.data)
-    train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
-    val = run.load_held_out(args)
+    train, val = run.load_data(args)
     model, tokenizer, adapters = run.load(args, device, dtype)
     train = run.prepare(train, tokenizer, label, args)
     run.check_inputs(args, train, val)
@@ -220,8 +211,6 @@ def main(argv=None):
     start, history = run.restore(args, optimizer)
     folder = run.new_folder(args, NAME)
     B, N, stop = args.prompts, args.rollouts, stop_ids(model, tokenizer)
-    # with --lora the model is its own reference, when its adapters are off
-    without_adapters = adapters.disable_adapter if adapters else nullcontext
     run.announce(args, model, tokenizer, head, train, val, folder)
     logger = run.start_logger(args, folder)
     stopping = run.StopSignal()
@@ -254,7 +243,7 @@ def main(argv=None):
 
         # reference: log-probs of the same tokens under the initial model
         if args.beta:
-            with without_adapters():
+            with adapters.disable_adapter() if adapters else nullcontext():  # --lora
                 initial = score_all(
                     reference, ref_head, prompts, rollout.responses, args.temperature, args.budget
                 )
@@ -272,8 +261,7 @@ def main(argv=None):
                 old = rollout.logprobs[micro, :T]
                 ref = initial.logprobs[micro, :T] if args.beta else None
                 objective = policy_objective(new, old, ref, advantages[micro], args)  # (b, T)
-                objective = (objective * new.mask).sum() / num_tokens
-                loss = -objective
+                loss = -(objective * new.mask).sum() / num_tokens
                 loss.backward()
             grad_norm = optimizer.clip(args.grad_clip)
             optimizer.step()

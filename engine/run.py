@@ -37,6 +37,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import sys
@@ -48,10 +49,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from engine import files, settings
 from engine.check import check_model, sampler_gap
 from engine.files import (
     append_jsonl,
+    checkpoint_of,
     lock,
     make_folder,
     read_config,
@@ -66,11 +67,8 @@ from engine.output import printing
 from engine.report import SAMPLE
 from engine.settings import NOT_SAVED
 from tasks.errors import UserError
-from tasks.problems import TRAINING, benchmark_of, load_gradable
+from tasks.problems import TRAINING, benchmark_of, load_gradable, load_problems
 from tasks.prompts import encode_problem, stop_ids
-
-# em_rl.py, em_ft.py and findings/jobs.py call these by run's name, until they have been changed
-checkpoint_of, parse_args = files.checkpoint_of, settings.parse_args
 
 COLUMNS = (
     "step entropy reward reward_std length truncated kl grad_norm tokens flops "
@@ -178,6 +176,13 @@ def problems_of_step(step, train, args):
             order = np.random.default_rng((args.seed, epoch)).permutation(len(train))
         problems += [train[order[i]]] * args.rollouts
     return problems
+
+
+def load_data(args):
+    """(training problems, held-out problems), before a model is loaded and shows what is wrong."""
+    train = load_problems(args.data)
+    train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
+    return train, load_held_out(args)
 
 
 def load_held_out(args):

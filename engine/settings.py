@@ -21,6 +21,7 @@ from engine.files import checkpoint_of, lock, read_config
 from engine.inputs import absolute
 from engine.load import add_device_arguments
 
+ROOT = Path(__file__).resolve().parent.parent
 NOT_SAVED = ("resume", "out")  # in config.json: they say where the run is
 
 
@@ -79,7 +80,8 @@ def parse_args(argv, description, add_method, tiny, script):
         if args.lora != before["lora"]:
             parser.error(f"--lora {args.lora}: {args.resume} has {before['lora']}, and keeps it")
     elif args.model is None:
-        args = parser.parse_args(argv, argparse.Namespace(**tiny))
+        files = {name: str(ROOT / tiny[name]) for name in ("model", "data", "val")}
+        args = parser.parse_args(argv, argparse.Namespace(**tiny | files))
     args.model = absolute(args.model, os.path.isdir)
     args.data, args.val = absolute(args.data), absolute(args.val)
     if args.updates > args.prompts:

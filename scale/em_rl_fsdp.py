@@ -32,7 +32,6 @@ import functools
 import importlib.util
 import math
 import os
-import random
 import sys
 import time
 from pathlib import Path
@@ -56,7 +55,6 @@ from entropy import batches, k3, output_head
 from scale import shards, vllm_rollouts
 from scale.shards import on_rank_0, rank_0_leads, total
 from tasks.errors import UserError
-from tasks.problems import load_problems
 from tasks.prompts import response_texts, stop_ids
 
 NAME = Path(__file__).resolve().name
@@ -99,9 +97,7 @@ def read(argv, world):
         sys.exit()
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device, dtype = set_up(args.device or default, args.dtype)
-    train = load_problems(args.data)
-    train = random.Random(args.seed).sample(train, min(args.data_size, len(train)))
-    val = run.load_held_out(args)
+    train, val = run.load_data(args)
     weights = checkpoint_of(args.resume) if args.resume else args.model
     whole, tokenizer = load_model(weights, "cpu", dtype, args.template)
     dtype = whole.dtype
