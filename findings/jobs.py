@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from engine.files import lock, replace_file
-from engine.run import checkpoint_of
+from engine.files import checkpoint_of, lock, replace_file
 from tasks.errors import UserError
 
 

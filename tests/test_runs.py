@@ -468,7 +468,7 @@ def spoil(*args, score=em_rl.score):
 @pytest.mark.parametrize("place, name, fault, words", [
     (torch, "save", OSError(errno.ENOSPC, "No space left"), "new/checkpoint No space left"),
     (em_rl, "score", spoil, "norm is --lr"),
-    (em_rl, "load_problems", KeyboardInterrupt, "stopped"),
+    (run, "load_problems", KeyboardInterrupt, "stopped"),
     (em_rl, "score", torch.OutOfMemoryError, "memory --budget"),
 ])
 def test_a_fault_leaves_the_checkpoint_before(place, name, fault, words):
