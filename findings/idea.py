@@ -20,9 +20,9 @@ from tasks.prompts import encode_prompt, stop_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = [  # of answers: how one begins, whether it is right, its colour
-    ("works step by step", r"\d.\d=", True, "#12355b"),
-    ("blurts", r"\\boxed", False, "#d1495b"),
-    ("rambles", r"\d, ", False, "#2e8b57"),
+    ("worked steps", r"\d.\d=", True, "#12355b"),
+    ("direct", r"\\boxed", False, "#d1495b"),
+    ("rambling", r"\d, ", False, "#2e8b57"),
 ]
 
 
