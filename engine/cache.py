@@ -17,7 +17,6 @@ from tasks.errors import UserError
 
 ROOM = 512  # places for keys that a static cache gets at once
 use_graphs = True  # --no-graph sets it to False
-memory_pool = None  # of the graphs: there is one at a time
 
 
 def next_logits(model, cache, ids, mask, positions):
@@ -115,7 +114,7 @@ class Static:
         self.mask = (1 - mask[:, None, None]).to(model.dtype) * self.hidden
         self.positions, self.ids = positions.clone(), torch.zeros_like(positions)
         cache.layers = [StaticLayer(layer, self.place) for layer in cache.layers]
-        self.graph = None
+        self.graph, self.recorded = None, False
 
     def __call__(self, ids):
         if self.used == self.mask.shape[-1]:
@@ -127,7 +126,7 @@ class Static:
         self.mask.index_fill_(-1, self.place, 0)
         if self.model.device.type != "cuda":  # in tests
             return self.run()
-        if self.graph is None:
+        if not self.recorded:
             self.record()
         self.graph.replay()
         return self.logits  # until the next replay
@@ -136,34 +135,34 @@ class Static:
         return next_logits(self.model, self.cache, self.ids, self.mask, self.positions)
 
     def widen(self):
-        self.graph = None
+        self.recorded = False
         self.mask = F.pad(self.mask, (0, ROOM), value=self.hidden)
         for layer in self.cache.layers:
             layer.keys = F.pad(layer.keys, (0, 0, 0, ROOM))
             layer.values = F.pad(layer.values, (0, 0, 0, ROOM))
 
     def keep(self, rows):
-        self.graph = None
+        self.recorded = False
         self.cache.reorder_cache(rows)
         self.mask, self.positions, self.ids = self.mask[rows], self.positions[rows], self.ids[rows]
 
     def record(self):
-        """Record the graph of `run`, which has to warm up before; each run writes the same keys."""
-        global memory_pool
-        memory_pool = memory_pool or torch.cuda.graph_pool_handle()
+        """Record `run` as a graph. It has to warm up before; each run writes the same keys."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
                 self.run()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
+        # the graph before leaves its memory to this one, and must be alive until then
+        graph, pool = torch.cuda.CUDAGraph(), self.graph and self.graph.pool()
         try:
-            with torch.cuda.graph(self.graph, pool=memory_pool):
+            with torch.cuda.graph(graph, pool=pool):
                 self.logits = self.run()
         except RuntimeError as error:
             raise UserError(f"{type(self.model).__name__}: a token can't be recorded as a CUDA "
                             "graph; --no-graph does without") from error
+        self.graph, self.recorded = graph, True
 
 
 class StaticLayer(DynamicLayer):
