@@ -15,7 +15,7 @@ STYLES = [  # color, line, marker
     ("#7b5ea7", ":", "D"),
     ("#b07d10", (0, (6, 1)), "v"),
 ]
-ABLATIONS = [  # (experiment, title, metrics, below the axis)
+ABLATIONS = [  # a panel each: experiment, title, metrics, what stands below the axis
     ("kl", "Weight of the KL,\nEM-RL token", "greedy|T = 1", "β"),
     ("rollouts", "Responses a prompt,\nEM-RL sequence", "greedy|T = 1", "N"),
     ("coef", "Weight of the entropy,\nEM-RL token", "greedy|T = 1", "--entropy-coef"),
@@ -31,9 +31,8 @@ GAINS = {"gain greedy": "gain, greedy", "gain T = 1": "gain, T = 1",
 
 
 def new_figure(columns, rows=1, height=4):
-    figure, axes = plt.subplots(rows, columns, figsize=(10, height), layout="constrained",
-                                sharey=True, squeeze=False)
-    return figure, axes.flat
+    figure = plt.figure(figsize=(10, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharey=True, squeeze=False).flat
 
 
 def draw(axis, places, lines, **labels):
@@ -43,8 +42,8 @@ def draw(axis, places, lines, **labels):
     for (name, values), (color, line, marker) in zip(lines.items(), STYLES):
         means = [100 * np.mean(some) for some in values]
         sds = [100 * np.std(some, ddof=len(some) > 1) for some in values]
-        axis.errorbar(places, means, sds, color=color, marker=marker, linestyle=line, capsize=3,
-                      label=name)
+        style = dict(color=color, marker=marker, linestyle=line, capsize=3)
+        axis.errorbar(places, means, sds, label=name, **style)
     axis.set(**labels)
     axis.legend(frameon=False, fontsize=9)
 
@@ -72,9 +71,10 @@ def by_threshold(found):
     return figure
 
 
-def by_base_model(found, experiment, methods, places, below):
+def by_base_model(found, experiment, methods, below):
     """What each method gains, and the forecast of that, against the base model."""
     figure, axes = new_figure(len(methods))
+    places = sorted(settings_of(found, experiment, "majority over greedy"), key=int)
     for axis, method in zip(axes, methods):
         lines = {}
         for metric, name in GAINS.items():
@@ -85,22 +85,20 @@ def by_base_model(found, experiment, methods, places, below):
     return figure
 
 
-def accuracies(rows):
-    return [100 * row["val_greedy"] for row in rows if "val_greedy" in row]
-
-
 def by_step(curves):
     """Greedy accuracy of each reward's runs. `curves`: {setting: metrics.csv of each seed}."""
     names = [name for name in curves if not name.endswith(", fast")]
     figure, axes = new_figure(4, rows=-(-len(names) // 4), height=7)
     for axis, name in zip(axes, names):
-        for runs, label, (color, line, _) in [
-            (curves[name], "default rate", STYLES[0]),
-            (curves[f"{name}, fast"], "ten times as fast", STYLES[1]),
+        for speed, label, (color, line, _) in [
+            ("", "default rate", STYLES[0]), (", fast", "ten times as fast", STYLES[1]),
         ]:
-            steps = [row["step"] for row in runs[0] if "val_greedy" in row]
-            values = [accuracies(rows) for rows in runs]
-            mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(runs) > 1)
+            values = []
+            for rows in curves[name + speed]:
+                measured = [row for row in rows if "val_greedy" in row]
+                values.append([100 * row["val_greedy"] for row in measured])
+            steps = [row["step"] for row in measured]
+            mean, sd = np.mean(values, axis=0), np.std(values, axis=0, ddof=len(values) > 1)
             axis.plot(steps, mean, color=color, linestyle=line, label=label)
             axis.fill_between(steps, mean - sd, mean + sd, color=color, alpha=0.15)
         axis.set(title=name, ylim=(0, 105))
@@ -112,20 +110,15 @@ def by_step(curves):
 
 def draw_all(found, curves, folder):
     """Write findings-*.png."""
-    shares = settings_of(found, "fails", "majority over greedy")[::-1]
-    schools = settings_of(found, "capability", "majority over greedy")
-    em_rl = ["token", "sequence"]
+    em_rl = "token", "sequence"
+    shares, schools = "confident answers that are right, %", "steps of pretraining"
     figures = {
         "ablations": by_setting(found, ABLATIONS),
         "shift": by_setting(found, SHIFT),
         "threshold": by_threshold(found),
         "zoo": by_step(curves),
-        "fails": by_base_model(
-            found, "fails", em_rl, shares, "confident answers that are right, %"
-        ),
-        "capability": by_base_model(
-            found, "capability", ["EM-FT", *em_rl], schools, "steps of pretraining"
-        ),
+        "fails": by_base_model(found, "fails", em_rl, shares),
+        "capability": by_base_model(found, "capability", ("EM-FT", *em_rl), schools),
     }
     for name, figure in figures.items():
         for axis in figure.axes:

@@ -5,12 +5,12 @@ that its readers ask, and where entropy minimisation goes wrong.
     python findings/findings.py          # 3 seeds: an hour and a half on 2 CPU cores
     python findings/findings.py --quick  # all in little, with one seed
 
-An experiment has settings, for example the weights of the KL. `plan` lists, for each setting and
-seed, a job and which of the numbers that the job finds belong to the setting. The jobs are runs of
-em_rl.py, em_ft.py, tiny/prepare.py and measure.py, as many at a time as there are cores. Their
-results go to runs/findings/ (with --quick to runs/findings-quick/). A finished job is not
-done again: after Ctrl-C the same command goes on. Remove the folder to measure everything anew, for
-example after a change of tiny/base.
+An experiment has settings, for example the weights of the KL. experiments.csv has those that are
+training runs. `plan` lists, for each setting and seed, a job and which of the numbers that the job
+finds belong to the setting. The jobs are runs of em_rl.py, em_ft.py, tiny/prepare.py and
+measure.py, as many at a time as there are cores. Their results go to runs/findings/ (with --quick
+to runs/findings-quick/). A finished job is not done again: after Ctrl-C the same command goes on.
+Remove the folder to measure everything anew, for example after a change of tiny/base.
 
 At the end each seed's numbers go to findings/findings.csv and the figures to assets/. The numbers
 are filled into findings/findings.md, README.md and course/README.md, whose comments say which
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from figures import draw_all
 from jobs import Job, execute
 from measure import examples, of_run
-from report import DELTAS, fill, made_by, read_csv, sign_of_gains, write_csv
+from report import DELTAS, fill, made_by, read_csv, rows_of, sign_of_gains, write_csv
 
 from em_inf import DECODERS, SHARPENERS
 from engine.arguments import Help, positive_int
@@ -40,65 +40,12 @@ ROOT = Path(__file__).resolve().parent.parent
 FULL = dict(seeds=(1, 2, 3), problems=512, steps=40, zoo_steps=100, habits=1500, school=1,
             batches=1000)  # `problems` are held out; `school` divides the steps of pretraining
 QUICK = dict(seeds=(1,), problems=64, steps=4, zoo_steps=8, habits=50, school=20, batches=20)
-# experiment; setting or method; script and flags. What several share is run once
-RUNS = """\
-training; SFT; em_ft.py --loss sft
-training; RLOO; em_rl.py --reward correct
-training; GRPO; em_rl.py --reward correct --advantage grpo
-training; SC-RL; em_rl.py --reward consistency
-training; EM-FT; em_ft.py
-training; EM-FT + KL; em_ft.py --beta 0.001
-training; EM-FT + KL, N = 4; em_ft.py --beta 0.001 --rollouts 4
-training; EM-RL sequence; em_rl.py --reward sequence
-training; EM-RL token; em_rl.py --reward token
-training; control: random; em_rl.py --reward random
-training; control: length; em_rl.py --reward length
-kl; 0; em_rl.py --reward token --beta 0
-kl; 0.001; em_rl.py --reward token
-kl; 0.5; em_rl.py --reward token --beta 0.5
-kl; 1.5; em_rl.py --reward token --beta 1.5
-rollouts; 2; em_rl.py --reward sequence --rollouts 2
-rollouts; 4; em_rl.py --reward sequence
-rollouts; 8; em_rl.py --reward sequence --rollouts 8
-rollouts; 16; em_rl.py --reward sequence --rollouts 16
-norm; token, mean; em_rl.py --reward token
-norm; token, sum; em_rl.py --reward token --reward-norm sum
-norm; sequence, mean; em_rl.py --reward sequence
-norm; sequence, sum; em_rl.py --reward sequence --reward-norm sum
-coef; 0.1; em_rl.py --reward token --entropy-coef=0.1
-coef; 0.001; em_rl.py --reward token --entropy-coef=0.001
-coef; 0; em_rl.py --reward token
-coef; -0.01; em_rl.py --reward token --entropy-coef=-0.01
-coef; -0.1; em_rl.py --reward token --entropy-coef=-0.1
-coef; exact; em_rl.py --reward token --entropy-coef exact
-labels; correct; em_rl.py --reward correct
-labels; token; em_rl.py --reward token
-labels; correct+token; em_rl.py --reward correct+token
-labels; correct+sequence; em_rl.py --reward correct+sequence
-several; EM-FT; em_ft.py
-several; token; em_rl.py --reward token
-several; sequence; em_rl.py --reward sequence
-several; token, β = 0.5; em_rl.py --reward token --beta 0.5
-several; token, c = 0.01; em_rl.py --reward token --entropy-coef 0.01
-several; EM-FT, β = 0.5; em_ft.py --beta 0.5
-several; correct; em_rl.py --reward correct
-fails; token; em_rl.py --reward token
-fails; sequence; em_rl.py --reward sequence
-capability; EM-FT; em_ft.py
-capability; token; em_rl.py --reward token
-capability; sequence; em_rl.py --reward sequence
-"""
-ZOO = (  # rewards; each at the default learning rate and at ten times that
-    "token", "sequence", "self-certainty", "majority", "consistency", "empo", "correct",
-    "format", "random", "length", "token --entropy-coef exact", "token --beta 0.5",
-)
 DIVERSE = "SFT", "RLOO", "EM-FT", "EM-RL token", "EM-RL sequence"  # of "training", 16 answers each
 SHARES = 100, 75, 50, 25, 0  # percent of the problems whose confident answers are right
 SCHOOLS = 500, 1000, 2000, 4000, 8000  # steps of pretraining; the last is tiny/base
-AS_TINY = (  # what the scripts set by themselves for tiny/base, and for no other model
-    "--lr 1e-4 --prompts 64 --max-new-tokens 64 --budget 8192 --rollout-batch 256 "
-    "--no-recompute"
-)
+# what the scripts set by themselves for tiny/base, and for no other model
+AS_TINY = "--lr 1e-4 --prompts 64 --max-new-tokens 64 --budget 8192 --rollout-batch 256"
+AS_TINY += " --no-recompute"
 DECODE = f"{DECODERS},adaptive-temperature+self-consistency,em-inf+refine".split(",")
 DECODINGS = {  # {experiment: {name: (decoder, settings of EM-INF)}}
     "decoding": {decoder: (decoder, {}) for decoder in DECODE},
@@ -176,10 +123,9 @@ def plan(settings):
             yield "variance", f"{estimator}, {norm}", asked, estimator
 
 
-def runs_of(*experiments):
-    """Triples of experiment, setting and script with flags, of RUNS."""
-    rows = [line.split("; ") for line in RUNS.splitlines()]
-    return [row for row in rows if row[0] in experiments]
+def runs_of(experiment):
+    """Pairs of a setting and its script with flags."""
+    return [(row["setting"], row["command"]) for row in rows_of("experiments.csv", experiment)]
 
 
 def forecast(settings, experiment, name, base):
@@ -187,7 +133,7 @@ def forecast(settings, experiment, name, base):
     model, after = (base.out, [base]) if base else ("tiny/base", [])
     asked = ask(settings, f"answers {experiment} {name}", model, *after, seed=1, n=8)
     yield experiment, f"{name}", asked, "answers"
-    for _, method, flags in runs_of(experiment):
+    for method, flags in runs_of(experiment):
         reward = "sequence" if method == "sequence" else "token"
         yield experiment, f"{name}, {method}", asked, reward
         for seed in settings["seeds"]:
@@ -200,9 +146,9 @@ def several_answers(settings, seed):
     spec = dict(seed=seed, n=16, data=f"{base.out}/test.jsonl")
     asked = ask(settings, f"several base {seed}", base.out, base, **spec)
     yield "several", "base", asked, "answers"
-    for experiment, method, flags in runs_of("several"):
+    for method, flags in runs_of("several"):
         run = train(settings, flags, seed, base, data=base.out)
-        yield experiment, method, ask_trained(settings, run, **spec), "answers"
+        yield "several", method, ask_trained(settings, run, **spec), "answers"
 
 
 def training(settings, seed):
@@ -213,25 +159,27 @@ def training(settings, seed):
     yield "diversity", "base", asked, "answers"
     for reward in CONFIDENCE:
         yield "surest", reward, asked, reward
-    experiments = "training", "kl", "rollouts", "norm", "coef", "labels"
-    for experiment, setting, flags in runs_of(*experiments):
-        run = train(settings, flags, seed, every=5 if experiment == "labels" else 10)
-        yield experiment, setting, run, "run"
-        if experiment == "training":
-            asked = ask_trained(settings, run, seed=seed, n=16 if setting in DIVERSE else 4)
-            yield "training", setting, asked, "pass@4"
-            if setting in DIVERSE:
-                yield "diversity", setting, asked, "answers"
+    for setting, flags in runs_of("training"):
+        run = train(settings, flags, seed)
+        yield "training", setting, run, "run"
+        asked = ask_trained(settings, run, seed=seed, n=16 if setting in DIVERSE else 4)
+        yield "training", setting, asked, "pass@4"
+        if setting in DIVERSE:
+            yield "diversity", setting, asked, "answers"
+    for experiment in "kl", "rollouts", "norm", "coef", "labels":
+        for setting, flags in runs_of(experiment):
+            run = train(settings, flags, seed, every=5 if experiment == "labels" else 10)
+            yield experiment, setting, run, "run"
 
 
 def zoo(settings, seed):
     """Long runs without the guard: where does each reward rise and fall?"""
-    for name in ZOO:
+    for name, flags in runs_of("zoo"):
         for speed, lr in ("", "1e-4"), (", fast", "1e-3"):
-            flags = f"em_rl.py --reward {name} --prompts 32 --guard 0 --lr {lr}"
             if speed or seed == 1:  # little happens at the default rate: one seed is enough
-                run = train(settings, flags, seed, steps=settings["zoo_steps"])
-                yield "zoo", name.replace(" --", ", ") + speed, run, "run"
+                flags_here = f"{flags} --prompts 32 --guard 0 --lr {lr}"
+                run = train(settings, flags_here, seed, steps=settings["zoo_steps"])
+                yield "zoo", name + speed, run, "run"
 
 
 def decoding(settings, seed):

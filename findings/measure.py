@@ -68,15 +68,13 @@ def measure(spec):
 def decoded(model, problems, spec):
     """{name of a decoder: `summary` of its answers}; `model` with its tokenizer and head."""
     numbers = {}
-    for name, (decoder, settings) in spec["decoders"].items():
+    for name, (decoder, chosen) in spec["decoders"].items():
         sharpeners = {
-            "em-inf": EMInf(**{"steps": 10} | settings),
+            "em-inf": EMInf(**{"steps": 10} | chosen),
             "adaptive-temperature": AdaptiveTemperature(),
         }
-        samples = decode_and_grade(
-            *model, problems, decoder, 128, seed=spec["seed"], batch_size=512, sharpeners=sharpeners
-        )
-        numbers[name] = summary(samples)
+        settings = dict(seed=spec["seed"], batch_size=512, sharpeners=sharpeners)
+        numbers[name] = summary(decode_and_grade(*model, problems, decoder, 128, **settings))
     return numbers
 
 
@@ -173,27 +171,32 @@ def guard_stop(rows):
     return np.nan
 
 
+def answers_to(problem, folder, **sampling):
+    """The model of a folder answers: for each answer its tokens (texts), the entropy of each in
+    nats, and whether the answer is right."""
+    model, tokenizer = load_model(str(folder), "cpu")
+    ids, stop = encode_prompt(tokenizer, problem["prompt"]), stop_ids(model, tokenizer)
+    rollout = generate(model, [ids], stop, max_new_tokens=64, **sampling)
+    for response, entropy in zip(rollout.responses, rollout.entropy.tolist()):
+        tokens = [tokenizer.decode(token) for token in response]
+        if response[-1] in stop:
+            tokens[-1] = " end"
+        yield tokens, entropy[: len(tokens)], is_correct("".join(tokens), problem)
+
+
 def examples(models):
     """The same three problems, answered greedily by each of {name: folder}: Markdown, with
     each token's entropy below it, in tenths of a nat."""
-    problems = load_problems("tiny/test.jsonl")[5:8]
     lines = []
-    for problem in problems:
+    for problem in load_problems("tiny/test.jsonl")[5:8]:
         lines.append(f"{problem['prompt']}    answer: {problem['answer']}")
         for name, folder in models.items():
-            model, tokenizer = load_model(str(folder), "cpu")
-            ids = encode_prompt(tokenizer, problem["prompt"])
-            stop = stop_ids(model, tokenizer)
-            rollout = generate(model, [ids], stop, max_new_tokens=64, temperature=0.0)
-            (response,) = rollout.responses
-            tokens = [tokenizer.decode(token) for token in response]
-            if response[-1] in stop:
-                tokens[-1] = " end"
-            right = "right" if is_correct("".join(tokens), problem) else "wrong"
+            ((tokens, entropy, right),) = answers_to(problem, folder, temperature=0.0)
             below = ""
-            for token, nats in zip(tokens, rollout.entropy[0].tolist()):
+            for token, nats in zip(tokens, entropy):
                 below += f"{min(9, round(10 * nats))}".ljust(len(token))
-            lines += [f"  {name:12} {right}  " + "".join(tokens), " " * 22 + below.rstrip()]
+            mark = "right" if right else "wrong"
+            lines += [f"  {name:12} {mark}  " + "".join(tokens), " " * 22 + below.rstrip()]
     return "```\n" + "\n".join(lines) + "\n```"
 
 

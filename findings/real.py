@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -48,6 +47,7 @@ from real_tables import (
     read_table,
     write_table,
 )
+from report import commit
 
 from em_inf import SCHEMES, AdaptiveTemperature, EMInf, decode_and_grade, parse_decoder
 from engine.arguments import Help, comma_list, positive_int
@@ -150,11 +150,6 @@ def samples_of(key, folder, problems, n, args):
     return samples
 
 
-def commit():
-    describe = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(describe, capture_output=True, encoding="utf-8", cwd=ROOT).stdout.strip()
-
-
 def measure(rows, key, problems, n, folder, args, more=()):
     """Put the row of a key into `rows` and the CSV, unless it is there with these settings."""
     wanted = dict(problems=f"{len(problems)}", n=f"{n}", tokens=f"{args.tokens}")
@@ -200,6 +195,16 @@ def apart(training, tests):
 # ------------------------------------------------------------------------------ the command
 
 
+def some_of(known):
+    """A type for argparse: names that are in `known`, with commas between them."""
+    def names(text):
+        unknown = [name for name in comma_list(text) if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]} is none of {', '.join(known)}")
+        return comma_list(text)
+    return names
+
+
 def named_files(text):
     """"svamp=FILE,gsm8k=FILE" -> {"svamp": FILE, "gsm8k": FILE}"""
     return dict(pair.split("=", 1) for pair in text.split(","))
@@ -213,7 +218,8 @@ def main(argv=None):
     add("--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", help="folder or Hub id")
     add("--name", help="what the tables call it; without it the last part of --model")
     add("--data", type=named_files, default={}, metavar="SET=FILE,...", help="files of problems")
-    add("--runs", type=comma_list, default=list(RUNS), help="methods of training, with commas")
+    add("--runs", type=some_of(RUNS), default=list(RUNS), help="methods of training, with commas")
+    add("--train", type=some_of(TRAIN), default=TRAIN, help="sets to train on, with commas")
     add("--regrade", action="store_true", help="grade the samples of a table's rows again")
     add("--quick", action="store_true", help="the settings under QUICK: less of everything")
     for name in FULL:
@@ -254,7 +260,7 @@ def main(argv=None):
             measure_all(name)
             measure_all(name, methods=DECODERS, seeds=seeds)
     if args.table == "training":
-        for seed, name, method in itertools.product(seeds, TRAIN, args.runs):
+        for seed, name, method in itertools.product(seeds, args.train, args.runs):
             run = f"{method}, {name}, {seed}"
             tested = [key for key in rows if key[:2] == (args.name, run)]
             if args.regrade or len(tested) < len(args.tests) * len(BASE):
@@ -262,7 +268,7 @@ def main(argv=None):
                 for test in args.tests:
                     measure_all(test, run, more=more)
     if args.table == "overlap":
-        for name, test in itertools.product(TRAIN, args.tests):
+        for name, test in itertools.product(args.train, args.tests):
             training = problems_of(name, args)
             shared = len(training) - len(apart(training, [problems_of(test, args)]))
             print(f"{name}: {shared} of {len(training)} prompts are in {test}; not trained on")

@@ -7,7 +7,7 @@ import itertools
 import re
 
 import numpy as np
-from report import fill
+from report import fill, markdown
 
 from engine.files import replace_file
 from tasks.scores import CONFIDENCE, accuracy_interval, paired_interval
@@ -120,10 +120,13 @@ def verdict(low, high):
     return "likely helps" if low > 0 else "harms" if high < 0 else "too close to call"
 
 
-def markdown(head, lines):
-    """A table; a line with one cell is filled up with "not measured"."""
-    lines = [line if len(line) > 1 else line + [UNKNOWN] + [""] * (len(head) - 2) for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+def table(head, lines):
+    """Markdown. The headings are one string; a line with one cell has not been measured."""
+    head = head.split("; ")
+    for line in lines:
+        if len(line) == 1:
+            line += [UNKNOWN] + [""] * (len(head) - 2)
+    return markdown(head, lines)
 
 
 # ------------------------------------------------------------------------------- the tables
@@ -131,7 +134,7 @@ def markdown(head, lines):
 
 def forecast_table(rows, model):
     head = "set; problems; greedy; T = 1; majority of 4; pass@4; entropy, nats; AUROC; "
-    head += "EM-RL token: the first 0.1 nats, points; EM-RL sequence: the first 0.1 nats, points; "
+    head += "EM-RL token: the first 0.1 nats, points; EM-RL sequence: the first 0.1 nats, points"
     lines = []
     for name in SETS:
         greedy, sampled = [find(rows, model, "", name, method) for method in BASE]
@@ -145,7 +148,7 @@ def forecast_table(rows, model):
             ends = [mean(sampled, f"{reward}{end}") for end in ("", "_low", "_high")]
             line.append(f"{points(ends)}: {verdict(*ends[1:])}")
         lines.append(line)
-    return markdown(head.rstrip("; ").split("; "), lines)
+    return table(head, lines)
 
 
 def decoding_table(rows, model, name):
@@ -164,7 +167,7 @@ def decoding_table(rows, model, name):
             line.append(shown(some, column))
         line.append(f"{mean(some, 'flops') / mean(greedy, 'flops'):.2f}" if greedy else "")
         lines.append([*line, shown(some, "sharpened")])
-    return markdown(head.split("; "), lines)
+    return table(head, lines)
 
 
 def list_of_claims(rows, model, name):
@@ -199,7 +202,7 @@ def training_table(rows, model, name):
             line.append(shown(sampled, column))
         line.append(shown(greedy, "last_number"))
         lines.append(line + [shown(sampled, column) for column in ("kl", "steps", "minutes")])
-    return markdown(head.split("; "), lines)
+    return table(head, lines)
 
 
 def outcome_table(rows, model):
@@ -225,7 +228,7 @@ def outcome_table(rows, model):
             ends = [mean(base, f"{reward}{end}") for end in ("", "_low", "_high")]
             found = gain(base, [rows[key]])
             lines.append([f"{key[1]}: {key[2]}", points(ends), points(found)])
-    return markdown(["method and set", "forecast, points", "outcome, points"], lines)
+    return table("method and set; forecast, points; outcome, points", lines)
 
 
 TABLES = {

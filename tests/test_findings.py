@@ -1,4 +1,5 @@
 """The findings on the tiny world: their jobs, their numbers, and the texts that say them."""
+import csv
 import json
 import re
 import subprocess
@@ -208,6 +209,21 @@ def test_the_texts_say_what_the_csv_says():
         assert {first or second for first, second in marks} <= {key[0] for key in found}, name
     text = (ROOT / "findings/findings.md").read_text(encoding="utf-8")
     assert "-dirty" not in text and "not measured" not in text
+
+
+def test_every_row_of_the_tables_is_used():
+    """Guards against a row that nobody runs or shows, since its experiment is misspelled."""
+    text = (ROOT / "findings/findings.md").read_text(encoding="utf-8")
+    for row in rows_of("claims.csv"):
+        assert f" here: {row['claim']}\n" in text
+    uses = findings.plan(findings.FULL | {"folder": ROOT / "runs/x"})
+    planned = {experiment for experiment, *_ in uses}
+    assert {row["experiment"] for row in rows_of("experiments.csv")} <= planned
+
+
+def rows_of(name):
+    with (ROOT / "findings" / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def test_the_figures_can_be_drawn(tmp_path):

@@ -100,6 +100,19 @@ def test_prompts_of_a_test_are_not_trained_on_in_whatever_form():
     assert real.apart(training, tests) == training[2:]
 
 
+def test_only_the_sets_that_are_named_are_trained_on(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(real, "train", lambda run, *_: trained.append(run))
+    monkeypatch.setattr(real, "problems_of", lambda *_: [])
+    monkeypatch.setattr(real, "measure", lambda *_: None)
+    monkeypatch.setattr(real, "ROOT", tmp_path)
+    flags = ["training", "--quick", "--runs", "EM-FT,majority", "--train", "gsm8k-train"]
+    real.main(flags)
+    assert trained == ["EM-FT, gsm8k-train, 1", "majority, gsm8k-train, 1"]
+    with pytest.raises(SystemExit):
+        real.main([*flags[:-1], "gsm8k"])
+
+
 def row(method, right, n=1, seed=1, run="", **more):
     counts = [int(count) for count in right.split()]
     filled = dict.fromkeys(real_tables.COLUMNS, "") | dict(
