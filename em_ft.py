@@ -4,7 +4,7 @@ EM-FT: fine-tuning that minimises the token entropy of the model's own samples. 
     python em_ft.py                               # the tiny model, on a laptop's CPU
     python em_ft.py --beta 0.001 --rollouts 4     # the paper's ablation: KL, 4 responses
     python em_ft.py --loss sft                    # the supervised twin: labelled solutions
-    python em_ft.py --model Qwen/Qwen2.5-Math-7B  # the paper's run, on one 80 GB GPU
+    python em_ft.py --model Qwen/Qwen2.5-Math-7B  # the paper's model, on one 80 GB GPU
 
 Each step samples N responses to each of B prompts x, and follows the gradient of their entropy.
 It flows through the probabilities, and not through the sampling:
@@ -16,9 +16,9 @@ token changes the entropy of the tokens behind it; that of em_rl.py does.
 
 The tokens of a response include the end-of-sequence token that it drew. A response that never
 ends is cut at --max-new-tokens, and counts like any other. Labels only measure the held-out
-accuracy, unless --loss sft asks for more. After Ctrl-C, --resume runs/NAME gives the run that
-was not stopped: the checkpoint has weights, masters and moments, and a step's prompts and seed
-depend on its number alone. --steps 200 extends a finished run.
+accuracy, except for --loss sft. Ctrl-C saves, and --resume runs/NAME goes on as if nothing had
+happened: the checkpoint has weights, masters and moments, and a step's prompts and random numbers
+follow from --seed and its number. --steps 200 extends a finished run.
 engine/run.py lists the files of a run.
 
 Departures from the paper (arXiv 2505.15134) and its released trainer:
@@ -44,7 +44,7 @@ from eval import evaluate_held_out
 from tasks.prompts import response_texts, stop_ids
 
 NAME = Path(__file__).name
-TINY = dict(  # is used without --model; the other defaults, in add_arguments, are the paper's
+TINY = dict(  # without --model. The defaults in add_arguments are the paper's
     model="tiny/base", data="tiny/train.jsonl", val="tiny/test.jsonl",
     lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5,
     budget=8192, rollout_batch=256, recompute=False,
@@ -180,7 +180,7 @@ def main(argv=None):
             report.plot(history, folder)
         if asked and not last:
             sys.exit(f"{NAME}: stopped after step {step}; to go on: --resume {folder}")
-        if collapse:
+        if collapse is not None:
             print(f"step {step} | the guard stops the run: {collapse} (--guard 0 goes on)")
             break
     report.summarize(folder, history, len(val))

@@ -3,7 +3,7 @@ EM-RL: reinforcement learning with the model's own confidence as the only reward
 
     python em_rl.py                               # the tiny model, on a laptop's CPU
     python em_rl.py --reward correct              # RLOO with labels; --advantage grpo: GRPO
-    python em_rl.py --model Qwen/Qwen2.5-Math-7B  # the paper's run, on one 80 GB GPU
+    python em_rl.py --model Qwen/Qwen2.5-Math-7B  # the paper's model, on one 80 GB GPU
 
 Each step samples N responses y_i to each of B prompts x. The reward of a response is the model's
 confidence in it. A response whose reward is above the mean of its prompt's other N - 1 rewards
@@ -20,9 +20,9 @@ gradient flows through it. em_ft.py follows the gradient of the entropy itself, 
 
 The tokens of a response include the end-of-sequence token that it drew. A response that never
 ends is cut at --max-new-tokens, and counts like any other. Labels only measure the held-out
-accuracy, unless --reward correct asks for more. After Ctrl-C, --resume runs/NAME gives the run
-that was not stopped: the checkpoint has weights, masters and moments, and a step's prompts and
-seed depend on its number alone. --steps 200 extends a finished run.
+accuracy, except for the rewards in READS_LABELS. Ctrl-C saves, and --resume runs/NAME goes on as
+if nothing had happened: the checkpoint has weights, masters and moments, and a step's prompts and
+random numbers follow from --seed and its number. --steps 200 extends a finished run.
 
 Departures from the paper (arXiv 2505.15134) and its released trainer: the objective is divided by
 the number of tokens of the update, so every token weighs the same, and
@@ -54,7 +54,7 @@ from tasks.answers import is_correct, votes
 from tasks.prompts import response_texts, stop_ids
 
 NAME = Path(__file__).name
-TINY = dict(  # is used without --model; the other defaults, in add_arguments, are the paper's
+TINY = dict(  # without --model. The defaults in add_arguments are the paper's, but for the table
     model="tiny/base", data="tiny/train.jsonl", val="tiny/test.jsonl",
     lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5,
     budget=8192, rollout_batch=256, recompute=False,
@@ -84,7 +84,7 @@ def self_certainty(rollout):
 
 
 def agreement(rollout):
-    """How many of its prompt's N responses have a response's answer, 0 without one: (B, N)."""
+    """For each response, how many of its prompt's N have the same answer: (B, N). 0 for none."""
     groups = [rollout.texts[i : i + rollout.N] for i in range(0, len(rollout.texts), rollout.N)]
     return torch.tensor([votes(group) for group in groups], device=rollout.mask.device)
 
@@ -125,9 +125,9 @@ READS_LABELS = "correct", "correct+token", "correct+sequence"
 
 
 def advantage(kind, rewards):
-    """(B, N) -> (B, N): each reward against the others of the same prompt."""
+    """(B, N) -> (B, N): each reward against those of the same prompt's other responses."""
     rewards = rewards - rewards[:, :1]  # equal rewards give advantage 0 without rounding error
-    if kind == "grpo":  # less the mean of all N, and divided by their standard deviation
+    if kind == "grpo":  # against the mean of all N, and divided by their standard deviation
         return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
     others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
     return rewards - others
@@ -139,9 +139,9 @@ def policy_objective(new, old, ref, advantages, args):
         min(ratio A, clip(ratio) A) + c H - beta KL,    ratio = pi(y_t) / pi_old(y_t)
 
     `new` are the Scores of b responses; old and ref (b, T) are log-probs of the same tokens, of
-    the policy that sampled them and of the initial model; advantages are (b, 1). On-policy the
-    ratio is 1, and its gradient is that of log pi(y_t). In bfloat16 it is only close to 1, because
-    the sampler rounds in another order; a token beyond 1 +- clip can lose its gradient even so.
+    the policy that sampled them and of the initial model; advantages are (b, 1). In the first
+    update on a batch the ratio is 1, and its gradient is that of log pi(y_t). It is 1 up to
+    rounding: in bfloat16 a few hundredths are usual, and a token beyond 1 +- clip is left out.
     """
     ratio = (new.logprobs - old).exp()
     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
@@ -153,10 +153,10 @@ def policy_objective(new, old, ref, advantages, args):
 
 
 def entropy_weight(mask, args):
-    """c of `policy_objective`. With `exact` it is minus a token's weight in the token reward, so
-    that the objective has that reward's own gradient, too. It is meant for --reward token with
-    rloo: there the two have the expected gradient of the sequence reward, for sums or if all
-    lengths are equal.
+    """c of `policy_objective`. The expected reward has two gradients: A grad log pi, and grad r,
+    since r = mean_t -H depends on the weights. `exact` adds the second one, for --reward token
+    with rloo. In expectation the two are the gradient of --reward sequence, where rewards are sums
+    or all lengths are equal.
     """
     if args.entropy_coef != "exact":
         return args.entropy_coef
@@ -177,7 +177,7 @@ def add_arguments(parser):
         "another number draws other samples, and the same greedy ones")
     add = parser.add_argument_group("reward and objective").add_argument
     add("--reward", choices=REWARDS, default="token", help="what makes a response more likely")
-    add("--reward-norm", choices=["mean", "sum"], default="mean", help="sum: x tokens")
+    add("--reward-norm", choices=["mean", "sum"], default="mean", help="sum: any reward x length")
     add("--advantage", choices=["rloo", "grpo"], default="rloo", help="baseline of a reward")
     add("--beta", type=nonnegative, default=0.001, help="weight of the KL; 0: no second model")
     add("--entropy-coef", type=number_or_exact, default=0.0, metavar="C", help="adds C x entropy: "
@@ -235,7 +235,7 @@ def main(argv=None):
         rollout.problems = problems
         lengths = rollout.mask.sum(1)  # (B*N,), tokens
 
-        # reward, and advantage: against the prompt's other N - 1
+        # reward, and advantage: against the prompt's other responses
         rewards = REWARDS[args.reward](rollout).view(B, N)
         if args.reward_norm == "sum":
             rewards = rewards * lengths.view(B, N)
@@ -300,7 +300,7 @@ def main(argv=None):
             report.plot(history, folder)
         if asked and not last:
             sys.exit(f"{NAME}: stopped after step {step}; to go on: --resume {folder}")
-        if collapse:
+        if collapse is not None:
             print(f"step {step} | the guard stops the run: {collapse} (--guard 0 goes on)")
             break
     report.summarize(folder, history, len(val))

@@ -4,14 +4,15 @@ AdamW on float32 master copies of a model's weights.
 A bfloat16 number has 8 significant bits, so a weight of 0.02 does not move by less than about
 0.00006: at a learning rate of 1e-6 nothing would be learned. The masters move, and the model
 gets their rounded copies. Gradients are summed over micro-batches in float32 for the same
-reason. Weights that are float32 already are their own masters, and their gradients are summed by
-autograd.
+reason. Weights that are float32 already are their own masters, if they are not offloaded, and
+their gradients are summed by autograd. The learning rate is constant: a schedule would set
+adam.param_groups[0]["lr"] from the step's number, so that a resumed run has it, too.
 
 Masters and Adam's two moments take 12 bytes a parameter, on the weights' device or, with
 `offload`, in CPU memory. Weights, a reference, gradients, masters and moments take about 20 bytes
-a parameter: the 7.6 B of Qwen2.5-Math-7B need 152 GB. So on a GPU that has less the masters go to
-CPU memory, unless offload is False. Weight decay is 0.01, torch's default and the released
-trainer's.
+a parameter: the 7.6 B of Qwen2.5-Math-7B need 152 GB. So on a GPU that has less, masters and
+moments go to CPU memory, unless offload is False. Weight decay is 0.01, torch's default and the
+released trainer's.
 """
 import math
 

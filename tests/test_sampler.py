@@ -11,6 +11,7 @@ from engine import cache, sampler
 from engine.cache import GrowingLayer, Static
 from engine.sampler import draw_by_cdf, generate
 from entropy import output_head, score_all
+from tasks.errors import UserError
 from tests.models import ARCHITECTURES, random_model, rows_of
 
 STOPS = list(range(0, 280, 13))
@@ -36,10 +37,15 @@ def reference(model, prompts, stop, max_new_tokens, temperature, *processors):
 def test_tokens_are_transformers_and_scores_the_trainers(kind, settings, monkeypatch):
     """Guards: another row's cache, mask or position; dropout; scores of sharpened logits; pads
     that reach the first tokens through a convolution (prompts are left-padded)."""
-    def quantile(p, num_samples, **_):  # no chance is left
+    def quantile(p, num_samples=1):  # no chance is left
         return (p.cumsum(-1) < 0.7).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)
 
-    monkeypatch.setattr(torch, "multinomial", quantile)
+    def draw(z, temperature):
+        return quantile((z / temperature).softmax(-1)) if temperature else greedy(z, 0)
+
+    greedy = sampler.draw
+    monkeypatch.setattr(sampler, "draw", draw)
+    monkeypatch.setattr(torch, "multinomial", quantile)  # transformers'
     model, prompts = random_model(kind, **settings), rows_of(3, 20, 11, 30)
     head, em = output_head(model, prompts[0]), em_inf.EMInf()
     for how in ([279], 24, 0), (STOPS, 24, 0.7, em):
@@ -65,7 +71,7 @@ def test_a_static_cache_gives_the_growing_ones_tokens(kind, monkeypatch):
     model, prompts = random_model(kind), rows_of(3, 20, 11, 30)
     growing = generate(model, prompts, STOPS, 40, 0, N=2)
     monkeypatch.setattr(cache, "ROOM", 8)
-    monkeypatch.setattr(sampler, "AT_ONCE", (4, 0.7))
+    monkeypatch.setattr(sampler, "ON_CPU", (4, 0.7))
     monkeypatch.setattr(sampler, "next_step", Static)
     static = generate(model, prompts, STOPS, 40, 0, N=2)
     assert static.responses == growing.responses
@@ -151,6 +157,15 @@ def test_tokens_of_a_large_vocabulary_are_drawn_with_their_probabilities(V):
     chi_square = ((counts - expected) ** 2 / expected).sum()
     cells = len(counts) - 1
     assert abs(chi_square - cells) < 4 * math.sqrt(2 * cells)
+
+
+@pytest.mark.parametrize("temperature, vocab_size", [(0, 280), (1, 280), (1, 2000)])
+def test_weights_that_are_broken_end_in_one_line(temperature, vocab_size):
+    """Guards against torch.multinomial's own error, which a GPU does not survive."""
+    model = random_model("qwen2", vocab_size=vocab_size)
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(UserError, match="not finite at token 1"):
+        generate(model, [[1, 2]], [], 4, temperature, N=2)
 
 
 def test_the_last_token_that_can_be_drawn_is_no_token_of_the_padding(monkeypatch):
