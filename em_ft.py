@@ -43,7 +43,7 @@ from entropy import batches, k3, output_head, score, score_all
 from eval import evaluate_held_out
 from tasks.prompts import response_texts, stop_ids
 
-NAME = Path(__file__).name
+NAME = Path(__file__).resolve().name
 TINY = dict(  # without --model. The defaults in add_arguments are the paper's
     model="tiny/base", data="tiny/train.jsonl", val="tiny/test.jsonl",
     lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5,

@@ -53,7 +53,7 @@ from eval import evaluate_held_out
 from tasks.answers import is_correct, votes
 from tasks.prompts import response_texts, stop_ids
 
-NAME = Path(__file__).name
+NAME = Path(__file__).resolve().name
 TINY = dict(  # without --model. The defaults in add_arguments are the paper's, but for the table
     model="tiny/base", data="tiny/train.jsonl", val="tiny/test.jsonl",
     lr=1e-4, prompts=64, steps=40, max_new_tokens=64, eval_every=5, save_every=5,
@@ -141,7 +141,7 @@ def policy_objective(new, old, ref, advantages, args):
     `new` are the Scores of b responses; old and ref (b, T) are log-probs of the same tokens, of
     the policy that sampled them and of the initial model; advantages are (b, 1). In the first
     update on a batch the ratio is 1, and its gradient is that of log pi(y_t). It is 1 up to
-    rounding: in bfloat16 a few hundredths are usual, and a token beyond 1 +- clip is left out.
+    rounding: in bfloat16 a few hundredths are usual, and a token beyond 1 +- clip may be left out.
     """
     ratio = (new.logprobs - old).exp()
     clipped = ratio.clamp(1 - args.clip, 1 + args.clip)
