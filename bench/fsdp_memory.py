@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from entropy import output_head
-from scale import shards
+from scale import memory, shards
 
 CONFIG = AutoConfig.for_model(
     "llama", vocab_size=8_000, hidden_size=512, intermediate_size=1_792, num_hidden_layers=12,
@@ -46,8 +45,8 @@ def measure():
     head = rank == 0 and output_head(whole, tokens[0]) | {"weight": None, "bias": None}
     head = shards.share(head or None)
     before = megabytes("VmRSS")
-    model = shards.spread(whole, CONFIG, init_device_mesh("cpu", (world,)), torch.float32)
-    need = shards.memory_of(model, world, 4)
+    model = shards.spread(whole, CONFIG, "cpu", torch.float32)
+    need = memory.memory_of(model, world, 4)
     held = need["masters"] + need["gradients"] + need["Adam"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     peaks = []

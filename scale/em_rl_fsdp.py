@@ -29,8 +29,6 @@ send the signal to rank 0 alone: `kill -INT PID`, with the PID that is printed a
 """
 import argparse
 import functools
-import importlib.util
-import math
 import os
 import sys
 import time
@@ -38,21 +36,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import em_rl
 from em_rl import READS_LABELS, REWARDS, TINY, advantage, policy_objective
 from engine import report, run
-from engine.arguments import positive, positive_int
+from engine.arguments import positive_int
 from engine.files import checkpoint_of
 from engine.guard import collapsed
 from engine.load import load_model, set_up, switch_off_dropout
 from engine.settings import parse_args
 from entropy import batches, k3, output_head
-from scale import shards, vllm_rollouts
+from scale import memory, shards, vllm_rollouts
 from scale.shards import on_rank_0, rank_0_leads, total
 from tasks.errors import UserError
 from tasks.prompts import response_texts, stop_ids
@@ -74,10 +70,7 @@ def add_arguments(parser, method):
         "exist; without this flag only where the GPU is too small")
     add("--plan", type=positive_int, metavar="N", help="print what each of N GPUs of 80 GB would "
         "hold, from the model's config.json alone, and stop")
-    add("--sampler", choices=["own", "vllm"], default="own", help="what draws the responses; vllm: "
-        "see scale/vllm_rollouts.py")
-    add("--vllm-memory", type=positive, default=0.4, metavar="X", help="vLLM's share of the GPU's "
-        "memory while it samples")
+    vllm_rollouts.add_arguments(add)
 
 
 def read(argv, world):
@@ -93,7 +86,7 @@ def read(argv, world):
     args = parse_args(argv, __doc__, add, TINY, NAME)
     check(args, world)
     if args.plan:
-        shards.print_plan(args)
+        memory.print_plan(args)
         sys.exit()
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device, dtype = set_up(args.device or default, args.dtype)
@@ -105,7 +98,6 @@ def read(argv, world):
     switch_off_dropout(whole)
     run.check_fit(whole, tokenizer, train, val, args)
     head = output_head(whole, train[0]["ids"]) | {"weight": None, "bias": None}
-    need = shards.memory_of(whole, world, dtype.itemsize)
     initial = None
     if args.beta:  # the KL needs the initial model beside the one that changes
         initial = load_model(args.model, "cpu", dtype)[0] if args.resume else whole
@@ -113,11 +105,7 @@ def read(argv, world):
     nothing = torch.nn.Module()  # for the optimizer, whose state is in sharded-STEP/
     start, history = run.restore(args, nothing)
     folder = run.new_folder(args, NAME)
-    capacity = math.inf
-    if device == "cuda":
-        capacity = torch.cuda.get_device_properties(device).total_memory
-    print(shards.describe(need, world, capacity, args))
-    args.offload, args.sync_each, *_ = shards.plan(need, capacity, args)
+    memory.settle(args, whole, world, device, dtype)
     shared = [
         args, device, dtype, train, val, tokenizer, head, start, history, folder, whole.config,
         whole.generation_config,
@@ -134,10 +122,7 @@ def check(args, world):
     if args.updates > args.prompts // world:
         raise UserError(f"--updates {args.updates}: at most one for each of the prompts of a "
                         f"process, {args.prompts // world}")
-    if args.sampler == "vllm" and not importlib.util.find_spec("vllm"):
-        raise UserError("--sampler vllm: needs a package; pip install vllm")
-    if args.sampler == "vllm" and args.reward == "self-certainty":
-        raise UserError("--reward self-certainty: --sampler vllm gives no mean over the vocabulary")
+    vllm_rollouts.check(args)
     if args.device and args.device not in ("cuda", "cpu"):
         raise UserError(f"--device {args.device}: several processes work on cuda or cpu")
 
@@ -161,12 +146,10 @@ def main(argv=None):
         shards.use_own_gpu()
     vllm = args.sampler == "vllm"
     roll_out = vllm_rollouts.of_all(args, train, head, dtype) if vllm else shards.generate_gathered
-    mesh = init_device_mesh(device, (world,))
-    policy = MixedPrecisionPolicy(dtype, torch.float32)  # work in dtype, sum in float32
-    model = shards.spread(whole, config, mesh, torch.float32, args.offload, policy)
+    model = shards.spread(whole, config, device, torch.float32, args.offload, work=dtype)
     model.generation_config = generation_config
     if args.beta:
-        reference = shards.spread(before, config, mesh, dtype, args.offload)
+        reference = shards.spread(before, config, device, dtype, args.offload)
         del before, kept
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     if start:

@@ -13,11 +13,13 @@ Two samplers never agree to the last bit, so rewards must come from the trainer'
 pass (`entropy.score_all`); the log-probs from here show how far the two are apart.
 """
 import functools
+import importlib.util
 import os
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from engine.arguments import positive
 from engine.sampler import Rollout
 from entropy import score_all
 from scale import shards
@@ -168,6 +170,22 @@ def sampler(
         )
 
     return generate
+
+
+def add_arguments(add):
+    """The flags by which em_rl_fsdp.py samples with vLLM."""
+    add("--sampler", choices=["own", "vllm"], default="own", help="what draws the responses; vllm: "
+        "see scale/vllm_rollouts.py")
+    add("--vllm-memory", type=positive, default=0.4, metavar="X", help="vLLM's share of the GPU's "
+        "memory while it samples")
+
+
+def check(args):
+    """Raise UserError where vLLM is not there, or can't give what the reward needs."""
+    if args.sampler == "vllm" and not importlib.util.find_spec("vllm"):
+        raise UserError("--sampler vllm: needs a package; pip install vllm")
+    if args.sampler == "vllm" and args.reward == "self-certainty":
+        raise UserError("--reward self-certainty: --sampler vllm gives no mean over the vocabulary")
 
 
 def of_all(args, train, head, dtype):

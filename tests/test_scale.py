@@ -22,8 +22,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import em_ft
@@ -33,7 +31,7 @@ from engine import report, run
 from engine.load import load_model
 from engine.sampler import generate
 from entropy import output_head, score
-from scale import em_rl_fsdp, shards
+from scale import em_rl_fsdp, memory, shards
 from tests.models import FEW, TINY_BASE, random_model, rows_of
 
 FLAGS = (
@@ -128,10 +126,8 @@ def sharded(kind, dtype=torch.float32, work=None):
     _, world = shards.join_processes()
     whole = random_model(kind)
     head = output_head(whole, list(range(20))) | {"weight": None, "bias": None}
-    policy = MixedPrecisionPolicy(work, torch.float32)
     own = whole if dist.get_rank() == 0 else None
-    mesh = init_device_mesh("cpu", (world,))
-    model = shards.spread(own, whole.config, mesh, dtype, policy=policy)
+    model = shards.spread(own, whole.config, "cpu", dtype, work=work)
     return whole, model, head, world
 
 
@@ -187,7 +183,7 @@ def held():
     for kind in ("qwen3", "llama", "gpt2"):
         whole, model, _, world = sharded(kind)
         sizes = [4 * p.to_local().numel() for p in model.parameters()]
-        pairs.append([shards.memory_of(whole, world, 2)["masters"], sum(sizes)])
+        pairs.append([memory.memory_of(whole, world, 2)["masters"], sum(sizes)])
     return pairs
 
 
@@ -362,7 +358,7 @@ def test_the_plan_needs_a_config_only(billions, layers, settings, tmp_path, caps
     assert ("CPU memory" in said) == (billions > 20)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert shards.memory_of(model, 1, 2)["masters"] == 4 * model.num_parameters()
+    assert memory.memory_of(model, 1, 2)["masters"] == 4 * model.num_parameters()
 
 
 def test_the_plan_counts_vllm_s_share_of_the_gpu():
@@ -371,14 +367,14 @@ def test_the_plan_counts_vllm_s_share_of_the_gpu():
         ["masters", "gradients", "Adam", "reference", "layers", "layer gradients", "whole"], 10
     ) | {"whole gradients": 1}
     args = SimpleNamespace(beta=0, offload=None, sync_each=None, sampler="own", vllm_memory=0.7)
-    assert shards.plan(need, 100, args) == (False, False, 30, 51)
-    assert "vLLM" not in shards.describe(need, 2, 100, args)
+    assert memory.plan(need, 100, args) == (False, False, 30, 51)
+    assert "vLLM" not in memory.describe(need, 2, 100, args)
     args.sampler = "vllm"
-    assert shards.plan(need, 100, args) == (True, False, 70, 21)
+    assert memory.plan(need, 100, args) == (True, False, 70, 21)
     args.offload = False
-    assert shards.plan(need, 100, args)[2] == 90
-    assert "vLLM" in shards.describe(need, 2, 100, args)
-    assert shards.plan(need, math.inf, args)[2] == 30  # on a CPU it has no share
+    assert memory.plan(need, 100, args)[2] == 90
+    assert "vLLM" in memory.describe(need, 2, 100, args)
+    assert memory.plan(need, math.inf, args)[2] == 30  # on a CPU it has no share
 
 
 def test_vllm_that_is_missing_is_said_in_one_line(monkeypatch):
