@@ -45,7 +45,7 @@ def measure():
     head = rank == 0 and output_head(whole, tokens[0]) | {"weight": None, "bias": None}
     head = shards.share(head or None)
     before = megabytes("VmRSS")
-    model = shards.spread(whole, CONFIG, "cpu", torch.float32)
+    model = shards.spread(whole, "cpu", torch.float32)
     need = memory.memory_of(model, world, 4)
     held = need["masters"] + need["gradients"] + need["Adam"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)

@@ -17,15 +17,13 @@ file has what N processes need, and shards.py what they do to a model. In a step
 
 The normaliser, the gradient's norm and the logged means are those of all processes together.
 With --method ft the objective is EM-FT's, -H: the entropy has weight -1, and there is no reward.
---prompts must be a multiple of the number of processes. A run is reproducible on the same number
-of processes, and draws other samples on another one; --resume works on any number. Rank 0 reads,
-writes and prints. The run's folder also has sharded-STEP/, to which every process writes: several
-machines need a file system in common.
+A run is reproducible on the same number of processes, and draws other samples on another one;
+--resume works on any number. Rank 0 reads, writes and prints. The run's folder also has
+sharded-STEP/, to which every process writes: several machines need a file system in common.
 
-torchrun passes Ctrl-C and SIGTERM on, and kills after 30 seconds what has not ended. A step and
-its checkpoint take longer, so give them time: `torchrun --shutdown-timeout 3600 ...`, or
-TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600 in the environment. Where `torchrun --help` has no such option,
-send the signal to rank 0 alone: `kill -INT PID`, with the PID that is printed at the start.
+torchrun passes Ctrl-C on, and kills after 30 seconds what has not ended. A step takes longer, so
+give it time: `torchrun --shutdown-timeout 3600 ...`, or TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600 in the
+environment. Where torchrun has neither, stop rank 0 by `kill -INT PID`; it prints its PID.
 """
 import argparse
 import functools
@@ -49,7 +47,7 @@ from engine.load import load_model, set_up, switch_off_dropout
 from engine.settings import parse_args
 from entropy import batches, k3, output_head
 from scale import memory, shards, vllm_rollouts
-from scale.shards import on_rank_0, rank_0_leads, total
+from scale.shards import on_rank_0, total
 from tasks.errors import UserError
 from tasks.prompts import response_texts, stop_ids
 
@@ -61,10 +59,13 @@ EM_FT = dict(rollouts=1, steps=40, beta=0.0, entropy_coef=-1.0)  # what --method
 
 def add_arguments(parser, method):
     """em_rl.py's settings, with the defaults of EM-FT where asked, and those of N processes."""
+    parser.conflict_handler = "resolve"  # --rollouts below replaces em_rl.py's
     em_rl.add_arguments(parser)
-    parser.set_defaults(**EM_FT if method == "ft" else {})
     add = parser.add_argument_group("several processes").add_argument
     add("--method", choices=["rl", "ft"], default="rl", help="EM-RL or EM-FT")
+    add("--rollouts", type=positive_int, default=4, metavar="N", help="responses per prompt; "
+        "EM-RL needs 2 or more")
+    parser.set_defaults(**EM_FT if method == "ft" else {})
     add("--sync-each", action=argparse.BooleanOptionalAction, help="sum gradients over processes "
         "after every micro-batch, not after the last: slower, but whole float32 gradients never "
         "exist; without this flag only where the GPU is too small")
@@ -74,17 +75,19 @@ def add_arguments(parser, method):
 
 
 def read(argv, world):
-    """Rank 0's part of the set-up: all that is read from files, and the folder of the run.
+    """Rank 0's part of the set-up: read all files, and open the folder of the run.
 
-    Gives a list for all processes to share, and one for rank 0 to keep: the whole model and the
-    initial one (None without a KL). Raises UserError.
+    Gives what all processes share, the whole model, and the initial one (None without a KL).
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", default="rl")
     method = first.parse_known_args(argv)[0].method
     add = functools.partial(add_arguments, method=method)
     args = parse_args(argv, __doc__, add, TINY, NAME)
-    check(args, world)
+    if args.method == "rl" and args.rollouts < 2:
+        raise UserError(f"--rollouts {args.rollouts}: give 2 or more: a response needs a rival")
+    shards.check(args, world)
+    vllm_rollouts.check(args)
     if args.plan:
         memory.print_plan(args)
         sys.exit()
@@ -94,6 +97,7 @@ def read(argv, world):
     weights = checkpoint_of(args.resume) if args.resume else args.model
     whole, tokenizer = load_model(weights, "cpu", dtype, args.template)
     dtype = whole.dtype
+    args.dtype = str(dtype).removeprefix("torch.")  # of the run, also where it is resumed
     train = run.prepare(train, tokenizer, "answer" if args.reward in READS_LABELS else None, args)
     switch_off_dropout(whole)
     run.check_fit(whole, tokenizer, train, val, args)
@@ -102,29 +106,11 @@ def read(argv, world):
     if args.beta:  # the KL needs the initial model beside the one that changes
         initial = load_model(args.model, "cpu", dtype)[0] if args.resume else whole
     run.check_inputs(args, train, val)
-    nothing = torch.nn.Module()  # for the optimizer, whose state is in sharded-STEP/
-    start, history = run.restore(args, nothing)
+    start, history = run.restore(args, torch.nn.Module())  # Adam's state is in sharded-STEP/
     folder = run.new_folder(args, NAME)
     memory.settle(args, whole, world, device, dtype)
-    shared = [
-        args, device, dtype, train, val, tokenizer, head, start, history, folder, whole.config,
-        whole.generation_config,
-    ]
-    return shared, [whole, initial]
-
-
-def check(args, world):
-    """Raise UserError for settings that do not fit N processes, or each other."""
-    if args.lora:
-        raise UserError(f"--lora {args.lora}: adapters need one GPU, and em_rl.py has them")
-    if args.prompts % world:
-        raise UserError(f"--prompts {args.prompts}: give a multiple of the {world} processes")
-    if args.updates > args.prompts // world:
-        raise UserError(f"--updates {args.updates}: at most one for each of the prompts of a "
-                        f"process, {args.prompts // world}")
-    vllm_rollouts.check(args)
-    if args.device and args.device not in ("cuda", "cpu"):
-        raise UserError(f"--device {args.device}: several processes work on cuda or cpu")
+    shared = args, device, dtype, train, val, tokenizer, head, start, history, folder
+    return shared, whole, initial
 
 
 # --------------------------------------------------------------------------------- all ranks
@@ -133,24 +119,17 @@ def check(args, world):
 @run.command
 def main(argv=None):
     rank, world = shards.join_processes()
-    shared, kept = None, [None, None]
-    with rank_0_leads():
-        if rank == 0:
-            shared, kept = read(argv, world)
-    (
-        args, device, dtype, train, val, tokenizer, head, start, history, folder, config,
-        generation_config,
-    ) = shards.share(shared)
-    whole, before = kept  # on rank 0, else None
+    shared, whole, before = on_rank_0(read, argv, world) or (None, None, None)
+    args, device, dtype, train, val, tokenizer, head, start, history, folder = shards.share(shared)
     if device == "cuda":
         shards.use_own_gpu()
-    vllm = args.sampler == "vllm"
-    roll_out = vllm_rollouts.of_all(args, train, head, dtype) if vllm else shards.generate_gathered
-    model = shards.spread(whole, config, device, torch.float32, args.offload, work=dtype)
-    model.generation_config = generation_config
+    roll_out = shards.generate_gathered
+    if args.sampler == "vllm":
+        roll_out = vllm_rollouts.of_all(args, train, head, dtype)
+    model = shards.spread(whole, device, torch.float32, args.offload, work=dtype)
     if args.beta:
-        reference = shards.spread(before, config, device, dtype, args.offload)
-        del before, kept
+        reference = shards.spread(before, device, dtype, args.offload)
+        del before
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     if start:
         shards.restore(start, model, optimizer, folder)
@@ -160,8 +139,7 @@ def main(argv=None):
     stop = stop_ids(model, tokenizer)
     with shards.gathered(model):
         if rank == 0:
-            whole_head = shards.head_of(model, head)
-            run.announce(args, model, tokenizer, whole_head, train, val, folder)
+            run.announce(args, model, tokenizer, shards.head_of(model, head), train, val, folder)
             print(f"rank 0 of {world} is process {os.getpid()}", flush=True)
     logger = run.start_logger(args, folder) if rank == 0 else None
     stopping, stopped = run.StopSignal(), False
@@ -189,8 +167,7 @@ def main(argv=None):
         lengths = rollout.mask.sum(1)  # (B*N,), tokens
 
         # reward, and advantage: against the prompt's other N - 1
-        rewards = torch.zeros(B, N, device=device)
-        advantages = torch.zeros(B * N, 1, device=device)
+        advantages = torch.zeros(B * N, 1, device=device)  # EM-FT's objective has none
         if args.method == "rl":
             rewards = REWARDS[args.reward](rollout).view(B, N)
             if args.reward_norm == "sum":
@@ -210,10 +187,8 @@ def main(argv=None):
             chosen = chosen.flatten().tolist()
             micro_batches = batches(sizes, args.budget, chosen)
             num_tokens, micro_batches = shards.agree(lengths[chosen].sum(), micro_batches)
-            bar = tqdm(micro_batches, desc="update", leave=False, delay=5, disable=rank > 0)
-            for micro in bar:
-                is_last = micro is micro_batches[-1]
-                model.set_requires_gradient_sync(is_last or args.sync_each)
+            for micro in tqdm(micro_batches, "update", leave=False, delay=5, disable=rank > 0):
+                model.set_requires_gradient_sync(args.sync_each or micro is micro_batches[-1])
                 new = model.score(head, prompts, rollout.responses, args.temperature, micro)
                 T = new.mask.shape[1]
                 old = rollout.logprobs[micro, :T]
@@ -227,34 +202,25 @@ def main(argv=None):
             optimizer.zero_grad()
         model.eval()
 
-        # log: sums over all processes, so that each of them has the same row
-        sums = {
-            "entropy": rollout.entropy.sum(),
-            "truncated": sum(ids[-1] not in stop for ids in rollout.responses),
-            "tokens": lengths.sum(),
-            "processed": sum(sizes),
-            "reward": rewards.sum(),
-            "reward_std": rewards.std(1, correction=min(1, N - 1)).sum(),
-        }
-        if args.beta:
-            sums["kl"] = k3(rollout.logprobs, initial.logprobs)[rollout.mask].sum()
-        sums = total(sums)
-        tokens = int(sums["tokens"])
+        # log: of all processes, so that each of them has the same row
+        counts = total({"tokens": lengths.sum(), "processed": sum(sizes)})
         row = {
-            "step": step,
-            "entropy": sums["entropy"] / tokens,
-            "length": tokens / (world * B * N),
-            "truncated": sums["truncated"] / (world * B * N),
-            "grad_norm": grad_norm,
-            "tokens": tokens,
-            "flops": run.flops_per_token(model, args) * int(sums["processed"]),
-            "seconds": time.time() - started,
+            "step": step, "tokens": int(counts["tokens"]),
+            "grad_norm": grad_norm, "seconds": time.time() - started,
+            "flops": run.flops_per_token(model, args) * int(counts["processed"]),
+        }
+        means = {  # a sum, and the number of its terms
+            "entropy": (rollout.entropy.sum(), lengths.sum()),
+            "length": (lengths.sum(), B * N),
+            "truncated": (sum(ids[-1] not in stop for ids in rollout.responses), B * N),
         }
         if args.method == "rl":
-            row["reward"] = sums["reward"] / (world * B * N)
-            row["reward_std"] = sums["reward_std"] / (world * B)
+            means["reward"] = rewards.sum(), B * N
+            means["reward_std"] = rewards.std(1).sum(), B
         if args.beta:
-            row["kl"] = sums["kl"] / tokens
+            kl = k3(rollout.logprobs, initial.logprobs)[rollout.mask]
+            means["kl"] = kl.sum(), len(kl)
+        row |= shards.mean(means)
 
         # evaluate, let the guard look, and save
         collapse = collapsed(history + [row], args.guard)
@@ -271,8 +237,7 @@ def main(argv=None):
         asked = total({"asked": stopping.asked})["asked"] > 0  # by Ctrl-C, of any process
         if last or asked or step % args.save_every == 0:
             shards.save(step, model, optimizer, whole, tokenizer, folder)
-            if rank == 0:
-                report.plot(history, folder)
+            on_rank_0(report.plot, history, folder)
         if collapse and rank == 0:
             print(f"step {step} | the guard stops the run: {collapse} (--guard 0 goes on)")
         stopped = asked and not last

@@ -54,6 +54,19 @@ def join_processes():
     return dist.get_rank(), dist.get_world_size()
 
 
+def check(args, world):
+    """Raise UserError for settings that do not fit `world` processes."""
+    if args.lora:
+        raise UserError(f"--lora {args.lora}: adapters need one GPU, and em_rl.py has them")
+    if args.prompts % world:
+        raise UserError(f"--prompts {args.prompts}: give a multiple of the {world} processes")
+    if args.updates > args.prompts // world:
+        raise UserError(f"--updates {args.updates}: at most one for each of the prompts of a "
+                        f"process, {args.prompts // world}")
+    if args.device and args.device not in ("cuda", "cpu"):
+        raise UserError(f"--device {args.device}: several processes work on cuda or cpu")
+
+
 def use_own_gpu():
     """Make a process work on the GPU of its number; UserError where there are too few."""
     place, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -108,10 +121,10 @@ def rank_0_leads():
 
 
 def on_rank_0(call, *args, **settings):
-    """Call it on rank 0 alone, and go on together (a collective)."""
+    """Call it on rank 0 alone, and go on together (a collective): what it gives there, or None."""
     with rank_0_leads():
         if dist.get_rank() == 0:
-            call(*args, **settings)
+            return call(*args, **settings)
 
 
 def total(values):
@@ -119,6 +132,13 @@ def total(values):
     sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
     dist.all_reduce(sums)
     return dict(zip(values, sums.tolist()))
+
+
+def mean(pairs):
+    """A dict of sums and the number of their terms -> means over all processes (a collective)."""
+    sums = total({name: of_all for name, (of_all, _) in pairs.items()})
+    counts = total({name: count for name, (_, count) in pairs.items()})
+    return {name: sums[name] / counts[name] for name in pairs}
 
 
 def agree(num_tokens, micro_batches):
@@ -152,7 +172,7 @@ def layers_of(model):
     raise UserError(f"{type(model).__name__}: no list of its {count} layers, which are sharded")
 
 
-def spread(whole, config, device, dtype, offload=False, work=None):
+def spread(whole, device, dtype, offload=False, work=None):
     """Rank 0's model `whole` as a sharded one on "cuda" or "cpu" of all processes (a collective).
 
     Each process keeps its shards in `dtype`, with `offload` in CPU memory. Layers work in the
@@ -160,8 +180,10 @@ def spread(whole, config, device, dtype, offload=False, work=None):
     mode, and has `score(head, prompts, responses, temperature)`, entropy.py's, as a further
     forward.
     """
+    config, generation_config = share(whole and (whole.config, whole.generation_config))
     with torch.device("meta"):  # shapes without numbers: no process but rank 0 has them all
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.generation_config = generation_config
     switch_off_dropout(model, quiet=True)
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     settings = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(work, torch.float32))

@@ -100,3 +100,10 @@ def test_the_settings_of_a_run_stand_in_a_file_of_their_own():
     modules = {module for module, _, _ in imports(ROOT / "engine/run.py")}
     assert not modules & {"argparse", "engine.arguments"}
     assert {"add_arguments", "parse_args"} <= defined_in(ROOT / "engine/settings.py")
+
+
+@pytest.mark.parametrize("name, most", [
+    ("em_ft.py", 215), ("eval.py", 330), ("engine/sampler.py", 200), ("scale/em_rl_fsdp.py", 260),
+])
+def test_a_file_that_is_read_from_top_to_bottom_stays_short(name, most):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= most

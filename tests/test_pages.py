@@ -92,6 +92,8 @@ def test_commands_have_flags_that_their_scripts_know(page):
         sources = [script, "engine/load.py"]
         if script in ("em_rl.py", "em_ft.py", "scale/em_rl_fsdp.py"):
             sources += TRAINING
+        if script == "scale/em_rl_fsdp.py":
+            sources.append("scale/vllm_rollouts.py")
         known = {"--help"}
         for source in sources:
             text = (ROOT / source).read_text(encoding="utf-8")

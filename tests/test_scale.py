@@ -49,6 +49,7 @@ SAME = {  # runs that em_rl.py and two processes do alike, with a seed for each 
 EM_FT = "--beta 0.1 --steps 2"
 DRAWN = "--data same.jsonl --val none"  # one prompt again and again, and true draws
 OTHERWISE = "--sync-each --offload --steps 2"  # "token" again
+BAD = "--prompts 7", "--updates 5", "--rollouts 1", "--data none.jsonl", "--resume nothing"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"}
 
@@ -109,7 +110,7 @@ def together():
 def refused(rank):
     """Bad input ends both processes; what each of them has said."""
     said = []
-    for flags in ("--prompts 7", "--updates 5", "--data none.jsonl", "--resume nothing"):
+    for flags in BAD:
         printed = io.StringIO()
         with contextlib.redirect_stderr(printed):
             try:
@@ -127,7 +128,7 @@ def sharded(kind, dtype=torch.float32, work=None):
     whole = random_model(kind)
     head = output_head(whole, list(range(20))) | {"weight": None, "bias": None}
     own = whole if dist.get_rank() == 0 else None
-    model = shards.spread(own, whole.config, "cpu", dtype, work=work)
+    model = shards.spread(own, "cpu", dtype, work=work)
     return whole, model, head, world
 
 
@@ -211,7 +212,7 @@ def runs(tmp_path_factory):
             with by_prompt():
                 for name, flags in SAME.items():
                     train(em_rl, flags, f"one-{name}")
-                train(em_ft, EM_FT, "one-em-ft")
+                train(em_ft, EM_FT.replace("2", "3"), "one-em-ft")
             while "step 6 |" not in said:  # of "cut", as all others end before
                 said += both.stdout.readline()
                 assert both.poll() is None, said[-9000:]
@@ -220,6 +221,7 @@ def runs(tmp_path_factory):
             Path("said.txt").write_text(said + both.communicate()[0])
     with by_prompt():
         em_rl_fsdp.main("--resume two-then-one --steps 4".split())
+        em_rl_fsdp.main("--resume two-em-ft --steps 3".split())
     yield folder
     os.chdir(before)
 
@@ -250,8 +252,10 @@ def test_two_processes_give_the_metrics_of_em_rl(runs, name):
 
 def test_two_processes_give_the_metrics_of_em_ft(runs):
     """EM-FT is a reward of nothing and an entropy of weight -1: a KL or a reward that stays on,
-    four responses in place of one, or a sign would show."""
-    equal_metrics(runs / "two-em-ft", runs / "one-em-ft", 2)
+    four responses in place of one, or a sign would show. The third step is of a resumed run: guards
+    against a config.json whose one response a prompt was refused as too few for EM-RL."""
+    equal_metrics(runs / "two-em-ft", runs / "one-em-ft", 3)
+    assert json.loads((runs / "two-em-ft/config.json").read_text())["dtype"] == "float32"
 
 
 def test_syncing_each_micro_batch_and_offloading_change_no_number(runs):
@@ -325,8 +329,8 @@ def test_the_memory_that_is_announced_is_that_of_the_shards(runs):
 
 def test_bad_input_is_said_once_and_ends_every_process(runs):
     first, second = (json.loads((runs / f"said-{rank}.json").read_text()) for rank in (0, 1))
-    for said, words in zip(first, ["--prompts 7", "--updates 5", "none.jsonl", "nothing"]):
-        assert words in said.strip().split("\n")[-1] and "Traceback" not in said
+    for said, words in zip(first, BAD, strict=True):
+        assert words.split()[1] in said.strip().split("\n")[-1] and "Traceback" not in said
     assert set(second) == {""}
 
 
