@@ -1,11 +1,8 @@
 """
 Figures of what findings.py has measured; report.py says what `found` is.
 """
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from report import DELTAS, settings_of
 
 STYLES = [  # color, line, marker
@@ -31,7 +28,7 @@ GAINS = {"gain greedy": "gain, greedy", "gain T = 1": "gain, T = 1",
 
 
 def new_figure(columns, rows=1, height=4):
-    figure = plt.figure(figsize=(10, height), layout="constrained")
+    figure = Figure(figsize=(10, height), layout="constrained")
     return figure, figure.subplots(rows, columns, sharey=True, squeeze=False).flat
 
 
@@ -124,4 +121,3 @@ def draw_all(found, curves, folder):
         for axis in figure.axes:
             axis.spines[["top", "right"]].set_visible(False)
         figure.savefig(folder / f"findings-{name}.png", dpi=130)
-        plt.close(figure)

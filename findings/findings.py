@@ -177,8 +177,8 @@ def zoo(settings, seed):
     for name, flags in runs_of("zoo"):
         for speed, lr in ("", "1e-4"), (", fast", "1e-3"):
             if speed or seed == 1:  # little happens at the default rate: one seed is enough
-                flags_here = f"{flags} --prompts 32 --guard 0 --lr {lr}"
-                run = train(settings, flags_here, seed, steps=settings["zoo_steps"])
+                long = f"{flags} --prompts 32 --guard 0 --lr {lr}"
+                run = train(settings, long, seed, steps=settings["zoo_steps"])
                 yield "zoo", name + speed, run, "run"
 
 

@@ -150,6 +150,19 @@ def test_measured_answers_count_the_different_right_ones():
     assert answers["greedy"] == 0.5 and answers["T = 1"] == 6 / 8
 
 
+def test_an_example_s_entropies_stand_below_their_tokens(monkeypatch):
+    """Guards against digits that stand beside their tokens, and an end that is not shown."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "findings/findings.md").read_text(encoding="utf-8")
+    lines = measure.examples({"base": "tiny/base"}).splitlines()[1:-1]
+    assert len(lines) == 3 * 3 and set(lines[::3] + lines[1::3]) <= set(page.splitlines())
+    for answer, below in zip(lines[1::3], lines[2::3]):
+        assert answer.endswith(" end") and len(below) == len(answer.removesuffix("end"))
+        digits = [place for place, char in enumerate(below) if char.isdigit()]
+        starts = [match.start() for match in re.finditer(r"\\boxed{|, | end|\S", answer[22:])]
+        assert digits == [22 + start for start in starts]
+
+
 def sample(problem, answer, correct):
     return {
         "id": problem, "response": rf"\boxed{{{answer}}}", "correct": correct, "answered": True,
