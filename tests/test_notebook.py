@@ -58,6 +58,18 @@ def test_cells_are_short_enough_to_be_read_on_a_screen():
         assert max(map(len, lines)) <= 100, max(lines, key=len)
 
 
+def test_each_section_begins_a_slide():
+    """Guards against a section in the middle of a cell, and a cell that is on no slide."""
+    for cell in CELLS:
+        kind = cell["metadata"]["slideshow"]["slide_type"]
+        headings = re.findall("^#+ ", text_of(cell["source"]), re.M)
+        if cell["cell_type"] == "markdown":
+            begins = text_of(cell["source"]).startswith("#")
+            assert len(headings) == begins and kind == ("slide" if begins else "subslide")
+        else:
+            assert kind in ("subslide", "skip")
+
+
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_the_first_cell_clones_outside_the_repository_and_only_once(tmp_path):
     """Guards against a second clone when a notebook is started again, as after a lost Colab."""
