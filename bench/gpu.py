@@ -363,7 +363,7 @@ def run_part(name, folder, dry, limit):
     text = log.read_text(encoding="utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = lines[-1] if lines else "it wrote nothing"
-    return {"failed": f"{ending}: {last[-300:]}", "log": text[-4000:]}
+    return {"failed": f"{ending}: {last[:300]}", "log": text[-4000:]}
 
 
 def run_here(name, folder, sizes):

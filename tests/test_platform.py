@@ -77,8 +77,14 @@ def test_bytes_of_another_encoding_are_read_as_utf_8_or_refused():
 # ---------------------------------------------------------------------------------- Windows
 
 
+FILES = [  # some of the tests; tests/windows.py has the command for all of them
+    ROOT / "tests/test_answers.py", ROOT / "tests/test_steps.py",
+    f"{ROOT / 'tests/test_runs.py'}::test_a_line_of_samples_that_is_none_ends_no_run",
+]
+
+
 @NEEDS_POSIX
-def test_the_scripts_run_on_windows_and_in_a_terminal_of_ascii(tmp_path):
+def test_the_scripts_and_tests_run_on_windows_and_in_a_terminal_of_ascii(tmp_path):
     """tests/windows.py takes away what Windows lacks; Windows does not write UTF-8 either."""
     (tmp_path / "code.jsonl").write_bytes(b'{"prompt": "a", "tests": "assert f() == 1"}')
     lines = (ROOT / "tiny/train.jsonl").read_bytes().split(b"\n")[:32]
@@ -96,6 +102,7 @@ def test_the_scripts_run_on_windows_and_in_a_terminal_of_ascii(tmp_path):
         "bench/entropy.py",
     ]
     words = [word.replace("_∑", " ∑") for word in " -- ".join(commands).split()]
+    words += ["--", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
     done = subprocess.run(
         [sys.executable, ROOT / "tests/windows.py", *words], cwd=tmp_path,
         capture_output=True, encoding="ascii",
@@ -104,7 +111,8 @@ def test_the_scripts_run_on_windows_and_in_a_terminal_of_ascii(tmp_path):
     assert not done.returncode and "Traceback" not in done.stderr, done.stderr
     assert "no figure" not in done.stderr
     ended = [line for line in done.stdout.splitlines() if " ended with " in line]
-    assert len(ended) == 2 and "Linux or macOS" in ended[0] and "Linux or macOS" in ended[1]
+    assert ["Linux or macOS" in line for line in ended] == [True, True, False]
+    assert ended[2] == "--- pytest ended with 0", done.stdout[-3000:]
     for name in "rl/checkpoint", "rl/best", "rl/plot.png", "ft/result.json", "runs/look.html":
         assert (tmp_path / name).exists()
     assert [row["step"] for row in run.read_rows(tmp_path / "rl/metrics.csv")] == [0, 1, 2]

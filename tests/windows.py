@@ -2,12 +2,16 @@
 What Windows lacks or refuses, taken away here: a script that runs behind this may run there.
 
     python tests/windows.py em_rl.py --steps 2 ... -- eval.py --limit 4 ...    # one after another
+    for FILE in test_entropy.py tests/test_*.py; do python tests/windows.py pytest -q $FILE; done
 
+In the second line the tests run behind this, but not what they start in processes of their own.
 Gone are modules, functions and signals of POSIX. In the working directory a file that is open or
 mapped into memory can't be renamed, removed or overwritten, nothing is renamed to a name that is
 taken by a folder, and a name has no <>:"|?* in it. What is left out: packages that have a version
 for Windows are loaded before.
 """
+import importlib
+import importlib.util
 import os
 import runpy
 import signal
@@ -16,13 +20,17 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the Hub's libraries are imported
 
 import filelock  # noqa: F401
 import matplotlib.figure  # noqa: F401
+import pytest
 import transformers
+from _pytest import tmpdir
 
 assert transformers.LlamaForCausalLM  # which imports psutil
 
+ROOT = Path(__file__).resolve().parent.parent
 MODULES = "resource fcntl pwd grp termios tty pty readline syslog".split()
 FUNCTIONS = """
 chown chroot confstr ctermid fchmod fchown fdatasync fork forkpty getegid geteuid getgid getgroups
@@ -82,18 +90,31 @@ def become_windows():
     sys.addaudithook(refuse)
 
 
-become_windows()
-commands, command = [], []
-for word in [*sys.argv[1:], "--"]:
-    if word == "--":
-        commands.append(command)
-        command = []
-    else:
-        command.append(word)
-for script, *flags in commands:
-    sys.argv = [script, *flags]
+def run(script, flags):
+    """Run a script of this repository, or pytest: what it ends with, None for a script's end."""
     print(f"--- {script}", flush=True)
+    if script == "pytest":
+        return int(pytest.main(flags))
+    sys.argv = [script, *flags]
     try:
-        runpy.run_path(str(Path(__file__).resolve().parent.parent / script), run_name="__main__")
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as end:
-        print(f"--- {script} ended with {end.code!r}", flush=True)
+        return end.code
+
+
+commands = [[]]
+for word in sys.argv[1:]:
+    if word == "--":
+        commands.append([])
+    else:
+        commands[-1].append(word)
+if "pytest" in sys.argv:
+    for name in "datasets", "peft", "platformdirs":
+        if importlib.util.find_spec(name):
+            importlib.import_module(name)
+    tmpdir.get_user_id = lambda: None  # pytest's own, by os.getuid
+become_windows()
+for script, *flags in commands:
+    code = run(script, flags)
+    if code is not None:
+        print(f"--- {script} ended with {code!r}", flush=True)
