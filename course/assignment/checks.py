@@ -1,6 +1,8 @@
 """
-What grade.py asks of each function, with independent references (torch.distributions, autograd,
-torch.optim, rows cut by hand) and words for usual mistakes. `check_NAME` raises Wrong.
+What grade.py asks of each function. `check_NAME` raises Wrong, with what a teacher would say.
+
+The references are independent: torch.distributions, autograd, torch.optim, and means over tokens
+that are picked one row at a time.
 """
 import math
 
@@ -15,7 +17,7 @@ MASK = torch.arange(5) < LENGTHS[:, None]
 
 
 class Wrong(Exception):
-    """What a teacher would say."""
+    """What is wrong, in words for the student."""
 
 
 def refuse(mistaken, words):
@@ -41,6 +43,8 @@ def equal(got, value):
 def judge(got, want, args, *mistakes):
     """Wrong unless a result is `want`, with its shape and, if it has one, its gradient in the first
     of `args` ({name: argument}). A mistake is a pair: words, and the value to which it leads."""
+    changed = want.is_floating_point() and tensor(got).dtype != got.dtype
+    refuse(changed, f"It is {got.dtype} for arguments of float64: keep their dtype.")
     got, want = tensor(got), want.double()
     for words, value in mistakes:
         refuse(equal(got, value), words)
