@@ -7,7 +7,7 @@ Grade the assignment: nine functions, and a training run with them.
 
 A function gets all of its points or none. Where it is wrong, a message says how. Then EM-RL trains
 the tiny model with the functions of the file, and greedy accuracy on held-out problems must rise
-by 20 points (ours goes from 69.1 % to 100.0 % in 40 steps, in about a minute).
+by 20 points (a right solution: from 69.1 % to about 100 % in 40 steps, in about a minute).
 
 A function that raises something, never returns or ends the process loses its own points only. The
 exit status is 0 if all points were reached, else 1. The file runs with your rights, as any program
