@@ -249,7 +249,7 @@ def vllm(sizes, folder):
         sample = functools.partial(vllm_rollouts.sample, engine, some_prompts(rows // 4), [])
         for tokens in 4, length:  # the first time warms up
             vllm_rollouts.load(engine, model.named_parameters())
-            draw = functools.partial(sample, tokens, temperature=1.0, n=4, seed=1)
+            draw = functools.partial(sample, tokens, temperature=1.0, N=4, seed=1)
             seconds = seconds_of(draw, sizes["device"])
         speeds[f"vLLM at {rows} rows"] = round(rows * length / seconds)
     return speeds | {"summary": "; ".join(f"{name} {speeds[name]:,}" for name in speeds)}

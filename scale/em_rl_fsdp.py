@@ -125,7 +125,7 @@ def main(argv=None):
         shards.use_own_gpu()
     roll_out = shards.generate_gathered
     if args.sampler == "vllm":
-        roll_out = vllm_rollouts.of_all(args, train, head, dtype)
+        roll_out = vllm_rollouts.sampler(args, train, head, dtype)
     model = shards.spread(whole, device, torch.float32, args.offload, work=dtype)
     if args.beta:
         reference = shards.spread(before, device, dtype, args.offload)

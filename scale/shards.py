@@ -136,8 +136,8 @@ def total(values):
 
 def mean(pairs):
     """A dict of sums and the number of their terms -> means over all processes (a collective)."""
-    sums = total({name: of_all for name, (of_all, _) in pairs.items()})
-    counts = total({name: count for name, (_, count) in pairs.items()})
+    sums = total({name: pairs[name][0] for name in pairs})
+    counts = total({name: pairs[name][1] for name in pairs})
     return {name: sums[name] / counts[name] for name in pairs}
 
 

@@ -1,8 +1,7 @@
 """
 Rollouts by vLLM: an engine in the trainer's process, which samples what the policy is now.
 
-    engine = start(args.model, dtype, longest, share=0.4)
-    roll_out = sampler(engine, head, budget)  # in place of engine.sampler.generate
+    roll_out = sampler(args, train, head, dtype)  # in place of shards.generate_gathered
 
 The weights go from the trainer's tensors into the engine's, without a file and without another
 process. Where the platform can (CUDA), the engine sleeps outside of `load` and `sample`, and its
@@ -10,9 +9,8 @@ memory is the trainer's. On a CPU it can't, and VLLM_CPU_KVCACHE_SPACE says how 
 of keys and values takes.
 
 Two samplers never agree to the last bit, so rewards must come from the trainer's own scoring
-pass (`entropy.score_all`); the log-probs from here show how far the two are apart.
+pass (`shards.score_gathered`); the log-probs from here show how far the two are apart.
 """
-import functools
 import importlib.util
 import os
 
@@ -21,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.arguments import positive
 from engine.sampler import Rollout
-from entropy import score_all
 from scale import shards
 from tasks.errors import UserError
 
@@ -135,43 +132,6 @@ def output_index(output):
     return output.index
 
 
-def sampler(
-    engine, head, budget, weights=torch.nn.Module.named_parameters, score=score_all, total=dict
-):
-    """A function like engine.sampler.generate, by vLLM and with the model's present weights.
-
-    Its entropies and log-probs are the trainer's own, as rewards and gradients need them, by a
-    scoring pass in micro-batches of `budget` tokens. It prints how far vLLM's log-probs of the
-    drawn tokens are from them on average, and a warning where that has grown since its first
-    call; without `desc` it prints nothing. It draws by torch's seed.
-
-    For a model that is spread over processes, `weights` gives the pairs that `load` takes from
-    it, `score` is in place of score_all, and `total` sums a dict of numbers over all processes.
-    """
-    gaps = []  # nats a token
-
-    def generate(model, prompts, stop, max_new_tokens, temperature, N, desc=None, **ignored):
-        load(engine, weights(model))
-        responses, sampled = sample(
-            engine, prompts, stop, max_new_tokens, temperature, N=N, seed=torch.initial_seed()
-        )
-        prompts = [prompt for prompt in prompts for _ in range(N)]
-        scores = score(model, head, prompts, responses, temperature, budget)
-        gap = (sampled.to(model.device) - scores.logprobs)[scores.mask].abs().sum()
-        sums = total({"gap": gap, "tokens": scores.mask.sum()})
-        gaps.append(float(sums["gap"] / sums["tokens"]))
-        if desc:
-            print(f"vLLM and trainer differ by {gaps[-1]:.1g} nats a token")
-        if desc and gaps[-1] > 2 * gaps[0] + 1e-3:
-            print(f"warning: that is more than the {gaps[0]:.1g} of the first step")
-        return Rollout(
-            N=N, V=model.config.get_text_config().vocab_size, responses=responses,
-            mean_logprobs=None, **scores._asdict(),
-        )
-
-    return generate
-
-
 def add_arguments(add):
     """The flags by which em_rl_fsdp.py samples with vLLM."""
     add("--sampler", choices=["own", "vllm"], default="own", help="what draws the responses; vllm: "
@@ -188,8 +148,15 @@ def check(args):
         raise UserError("--reward self-certainty: --sampler vllm gives no mean over the vocabulary")
 
 
-def of_all(args, train, head, dtype):
-    """The `sampler` of em_rl_fsdp.py: every process has an engine of its own, on its own GPU."""
+def sampler(args, train, head, dtype):
+    """A function in place of shards.generate_gathered, by an engine of each process on its own GPU
+    and with the model's present weights.
+
+    Its entropies and log-probs are the trainer's own, as rewards and gradients need them, by a
+    scoring pass. It prints how far vLLM's log-probs of the drawn tokens are from them on average,
+    and a warning where that has grown since its first call; without `desc` it prints nothing. It
+    draws by torch's seed.
+    """
     longest = max(len(problem["ids"]) for problem in train) + args.max_new_tokens
     # vLLM takes the group of all processes for its world, in which each is a group by
     # itself; without the launcher's name all engines would be on the first GPU
@@ -198,7 +165,24 @@ def of_all(args, train, head, dtype):
         args.model, dtype, longest, share=args.vllm_memory, batch_size=args.rollout_batch,
         distributed_executor_backend=launcher,
     )
-    return sampler(
-        engine, head, args.budget, score=shards.score_gathered, total=shards.total,
-        weights=functools.partial(shards.whole_weights, dtype=dtype),
-    )
+    gaps = []  # nats a token
+
+    def generate(model, prompts, stop, max_new_tokens, temperature, N, desc=None, **ignored):
+        load(engine, shards.whole_weights(model, dtype))
+        responses, sampled = sample(
+            engine, prompts, stop, max_new_tokens, temperature, N=N, seed=torch.initial_seed()
+        )
+        prompts = [prompt for prompt in prompts for _ in range(N)]
+        scores = shards.score_gathered(model, head, prompts, responses, temperature, args.budget)
+        gap = (sampled.to(model.device) - scores.logprobs)[scores.mask].abs().sum()
+        gaps.append(shards.mean({"gap": (gap, scores.mask.sum())})["gap"])
+        if desc:
+            print(f"vLLM and trainer differ by {gaps[-1]:.1g} nats a token")
+        if desc and gaps[-1] > 2 * gaps[0] + 1e-3:
+            print(f"warning: that is more than the {gaps[0]:.1g} of the first step")
+        return Rollout(
+            N=N, V=model.config.get_text_config().vocab_size, responses=responses,
+            mean_logprobs=None, **scores._asdict(),
+        )
+
+    return generate

@@ -1,5 +1,6 @@
 """bench/gpu.py: every part at toy size, the arithmetic of its numbers, and parts that fail."""
 import json
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -60,6 +61,14 @@ def test_every_part_runs_at_toy_size(name, folder, clocks_end):
     if name in ("em_rl", "em_ft", "lora"):
         check_training_step(name, got)
         assert set(folder.rglob("state.pt")) == before  # a 7B model's has 107 GB
+
+
+def test_the_part_of_vllm_calls_it_by_names_that_there_are(folder, monkeypatch):
+    """Without the package the part is not run: guards against a setting that was renamed."""
+    for name in "start", "load", "sample":
+        function = getattr(gpu.vllm_rollouts, name)
+        monkeypatch.setattr(gpu.vllm_rollouts, name, create_autospec(function))
+    assert set(gpu.vllm(gpu.DRY, folder)) == {"vLLM at 4 rows", "vLLM at 8 rows", "summary"}
 
 
 def check_training_step(name, got):
