@@ -219,7 +219,7 @@ def main(argv=None):
     add("--name", help="what the tables call it; without it the last part of --model")
     add("--data", type=named_files, default={}, metavar="SET=FILE,...", help="files of problems")
     add("--runs", type=some_of(RUNS), default=list(RUNS), help="methods of training, with commas")
-    add("--train", type=some_of(TRAIN), default=TRAIN, help="sets to train on, with commas")
+    add("--train", type=some_of(TRAIN), default=list(TRAIN), help="sets to train on, with commas")
     add("--regrade", action="store_true", help="grade the samples of a table's rows again")
     add("--quick", action="store_true", help="the settings under QUICK: less of everything")
     for name in FULL:

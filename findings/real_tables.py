@@ -80,9 +80,19 @@ def find(rows, model, run, name, method):
     return [row for key, row in rows.items() if key[:4] == (model, run, name, method)]
 
 
+def of_base(rows, model, name):
+    """The base model's rows of a set: (greedy, at T = 1)."""
+    return [find(rows, model, "", name, method) for method in BASE]
+
+
 def mean(rows, column):
     values = [float(row[column]) for row in rows if row[column]]
     return np.mean(values) if values else np.nan
+
+
+def foretold(rows, reward):
+    """(change, low, high) of accuracy at T = 1 in the first 0.1 nats of KL: shares."""
+    return [mean(rows, f"{reward}{end}") for end in ("", "_low", "_high")]
 
 
 def shown(rows, column):
@@ -137,7 +147,7 @@ def forecast_table(rows, model):
     head += "EM-RL token: the first 0.1 nats, points; EM-RL sequence: the first 0.1 nats, points"
     lines = []
     for name in SETS:
-        greedy, sampled = [find(rows, model, "", name, method) for method in BASE]
+        greedy, sampled = of_base(rows, model, name)
         if not greedy or not sampled:
             lines.append([name])
             continue
@@ -145,7 +155,7 @@ def forecast_table(rows, model):
         for column in "accuracy majority passed entropy token_auroc".split():
             line.append(shown(sampled, column))
         for reward in CONFIDENCE:
-            ends = [mean(sampled, f"{reward}{end}") for end in ("", "_low", "_high")]
+            ends = foretold(sampled, reward)
             line.append(f"{points(ends)}: {verdict(*ends[1:])}")
         lines.append(line)
     return table(head, lines)
@@ -154,7 +164,7 @@ def forecast_table(rows, model):
 def decoding_table(rows, model, name):
     head = "method; seeds x answers; accuracy; 95 %; against T = 1, points; by the last number; "
     head += "in a box; cut; entropy, nats; tokens; FLOPs, greedy = 1; tokens sharpened"
-    greedy, sampled = [find(rows, model, "", name, method) for method in BASE]
+    greedy, sampled = of_base(rows, model, name)
     lines = []
     for method in [*BASE, *DECODERS]:
         some = find(rows, model, "", name, method)
@@ -209,25 +219,24 @@ def outcome_table(rows, model):
     """Each forecast beside what was then measured, both in points against T = 1."""
     lines = []
     for name in SETS:
-        greedy, sampled = [find(rows, model, "", name, method) for method in BASE]
+        greedy, sampled = of_base(rows, model, name)
         pairs = {
             "em-inf@1": greedy and mean(greedy, "accuracy"),
             "self-consistency@1": sampled and mean(sampled, "majority"),
         }
-        for method, foretold in pairs.items():
+        for method, expected in pairs.items():
             some = find(rows, model, "", name, method)
             if not some or not sampled or not greedy:
                 lines.append([f"{method}, {name}"])
                 continue
-            forecast = 100 * (foretold - mean(sampled, "accuracy"))
+            forecast = 100 * (expected - mean(sampled, "accuracy"))
             lines.append([f"{method}, {name}", f"{forecast:+.1f}", points(gain(sampled, some))])
     for key in rows:
         if key[0] == model and key[1] and key[3] == "sample@1":
-            base = find(rows, model, "", key[2], "sample@1")
+            _, base = of_base(rows, model, key[2])
             reward = "sequence" if "sequence" in key[1] else "token"
-            ends = [mean(base, f"{reward}{end}") for end in ("", "_low", "_high")]
-            found = gain(base, [rows[key]])
-            lines.append([f"{key[1]}: {key[2]}", points(ends), points(found)])
+            forecast, found = foretold(base, reward), gain(base, [rows[key]])
+            lines.append([f"{key[1]}: {key[2]}", points(forecast), points(found)])
     return table("method and set; forecast, points; outcome, points", lines)
 
 
