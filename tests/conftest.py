@@ -1,5 +1,8 @@
 """Puts the repository on Python's path, so that tests import the scripts as users do."""
+import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -10,7 +13,8 @@ from tests.models import TINY_BASE
 
 
 def pytest_configure(config):
-    """peft 0.21 asks a model by a name that transformers 5.24 has given up, and is told so."""
+    config.addinivalue_line("markers", "beside(command, env): begun before the first test")
+    # peft 0.21 asks a model by a name that transformers 5.24 has given up, and is told so
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
@@ -22,17 +26,33 @@ def tiny():
     return load_model(TINY_BASE, "cpu")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def lecture(request, tmp_path_factory):
-    """What test_notebook.begin gives, begun before the first test: the notebook's cells take half
-    a minute, in processes of their own. None where the test of them was not asked for."""
-    names = {item.name for item in request.session.items}
-    if "test_every_cell_runs_with_few_steps" not in names:
-        yield
-        return
-    from tests.test_notebook import begin
+def run_in(folder, words, env):
+    """A CompletedProcess of `python WORDS` in a folder, and with the folder."""
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=env, capture_output=True, encoding="utf-8"
+    )
+    done.folder = folder
+    return done
 
-    process, notebook = begin(tmp_path_factory.mktemp("lecture"))
-    with process:
-        yield process, notebook
-        process.kill()
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """Runs the commands of tests marked `beside`, one after another, while the tests before them
+    run: {test: future of what run_in gives}. With two cores this saves most of a minute.
+
+    The mark's `command` is a function of an empty folder: the words behind `python`."""
+    futures = {}
+    with ThreadPoolExecutor(1) as thread:
+        for item in request.session.items:
+            for mark in item.iter_markers("beside"):
+                folder = tmp_path_factory.mktemp("beside")
+                words, env = mark.kwargs["command"](folder), mark.kwargs.get("env", {})
+                futures[item.nodeid] = thread.submit(run_in, folder, words, os.environ | env)
+        yield futures
+        thread.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def done(beside, request):
+    """The CompletedProcess of the test's mark `beside`."""
+    return beside[request.node.nodeid].result()

@@ -1,6 +1,5 @@
 """The lecture: its cells run, and the committed file holds what they print, and nothing else."""
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -90,11 +89,11 @@ def test_the_first_cell_clones_outside_the_repository_and_only_once(tmp_path):
         assert done.stdout == "lecture True\n", done.stderr
 
 
+COPY = f"copy/course/{NOTEBOOK.name}"
 EXECUTE = """
 import sys
 from pathlib import Path
-import nbclient
-import nbformat
+import nbclient, nbformat
 path = Path(sys.argv[1])
 notebook = nbformat.read(path, as_version=4)
 place = {"metadata": {"path": str(path.parent)}}
@@ -103,28 +102,19 @@ nbformat.write(notebook, path)
 """
 
 
-def begin(folder):
-    """(a process that runs the notebook with few steps, the file that will have its outputs).
-
-    It runs in a copy, from the notebook's own folder, as Jupyter does it. The fixture `lecture`
-    begins it before the first test."""
+def run_cells(folder):
+    """They run in a copy, from the notebook's own folder, as Jupyter does it."""
     left_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "assets", "bench", "tests")
     shutil.copytree(ROOT, folder / "copy", ignore=left_out)
-    notebook = folder / "copy/course" / NOTEBOOK.name
-    process = subprocess.Popen(
-        [sys.executable, "-c", EXECUTE, notebook], env=os.environ | {"LECTURE_STEPS": "2"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )
-    return process, notebook
+    return ["-c", EXECUTE, folder / COPY]
 
 
 @pytest.mark.skipif(not all(map(find_spec, RUNS_CELLS)), reason="needs nbclient and ipykernel")
-def test_every_cell_runs_with_few_steps(lecture):
+@pytest.mark.beside(command=run_cells, env={"LECTURE_STEPS": "2"})
+def test_every_cell_runs_with_few_steps(done):
     """Guards against a lecture that a change of the scripts has broken."""
-    process, notebook = lecture
-    said = process.communicate()[0]
-    assert process.returncode == 0, said[-3000:]
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = json.loads((done.folder / COPY).read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     text = printed(code)
     assert len(re.findall(r"^step 2 \| held-out", text, re.M)) == 2, "EM-FT and EM-RL"

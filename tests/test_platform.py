@@ -83,12 +83,11 @@ FILES = [  # some of the tests; tests/windows.py has the command for all of them
 ]
 
 
-@NEEDS_POSIX
-def test_the_scripts_and_tests_run_on_windows_and_in_a_terminal_of_ascii(tmp_path):
-    """tests/windows.py takes away what Windows lacks; Windows does not write UTF-8 either."""
-    (tmp_path / "code.jsonl").write_bytes(b'{"prompt": "a", "tests": "assert f() == 1"}')
+def on_windows(folder):
+    """Commands that run behind tests/windows.py, and their data."""
+    (folder / "code.jsonl").write_bytes(b'{"prompt": "a", "tests": "assert f() == 1"}')
     lines = (ROOT / "tiny/train.jsonl").read_bytes().split(b"\n")[:32]
-    (tmp_path / "dätä ∑.jsonl").write_bytes(b"\r\n".join(lines))
+    (folder / "dätä ∑.jsonl").write_bytes(b"\r\n".join(lines))
     commands = [
         "em_rl.py --steps 1 --out rl --val-size 2 --data dätä_∑.jsonl " + TRAIN,
         "em_rl.py --resume rl --steps 2",
@@ -103,22 +102,27 @@ def test_the_scripts_and_tests_run_on_windows_and_in_a_terminal_of_ascii(tmp_pat
     ]
     words = [word.replace("_∑", " ∑") for word in " -- ".join(commands).split()]
     words += ["--", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests/windows.py", *words], cwd=tmp_path,
-        capture_output=True, encoding="ascii",
-        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    )
+    return [ROOT / "tests/windows.py", *words]
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@NEEDS_POSIX
+@pytest.mark.beside(command=on_windows, env=ASCII)
+def test_the_scripts_and_tests_run_on_windows_and_in_a_terminal_of_ascii(done):
+    """tests/windows.py takes away what Windows lacks; Windows does not write UTF-8 either."""
     assert not done.returncode and "Traceback" not in done.stderr, done.stderr
-    assert "no figure" not in done.stderr
+    assert "no figure" not in done.stderr and done.stdout.isascii()
     ended = [line for line in done.stdout.splitlines() if " ended with " in line]
     assert ["Linux or macOS" in line for line in ended] == [True, True, False]
     assert ended[2] == "--- pytest ended with 0", done.stdout[-3000:]
     for name in "rl/checkpoint", "rl/best", "rl/plot.png", "ft/result.json", "runs/look.html":
-        assert (tmp_path / name).exists()
-    assert [row["step"] for row in run.read_rows(tmp_path / "rl/metrics.csv")] == [0, 1, 2]
-    page = (tmp_path / "runs/look.html").read_text(encoding="utf-8")
+        assert (done.folder / name).exists()
+    assert [row["step"] for row in run.read_rows(done.folder / "rl/metrics.csv")] == [0, 1, 2]
+    page = (done.folder / "runs/look.html").read_text(encoding="utf-8")
     assert "<h2>é ∑</h2>" in page and "\\xb1" in done.stdout  # of the table's "mean ± sd"
-    assert b"\r" not in (tmp_path / "rl/config.json").read_bytes()
+    assert b"\r" not in (done.folder / "rl/config.json").read_bytes()
 
 
 def test_a_file_that_another_program_has_open_is_tried_again(tmp_path, monkeypatch):

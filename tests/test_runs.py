@@ -481,9 +481,8 @@ def test_a_fault_leaves_the_checkpoint_before(place, name, fault, words):
 
 
 @NEEDS_POSIX
-def test_a_killed_run_resumes():
-    command = [sys.executable, ROOT / "tests/kill.py", "em_rl.py", "--times", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.beside(command=lambda _: [ROOT / "tests/kill.py", "em_rl.py", "--times", "2"])
+def test_a_killed_run_resumes(done):
     assert done.returncode == 0 and "ended equal" in done.stdout, done.stderr
 
 
