@@ -194,6 +194,8 @@ def held():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder with the runs of em_rl.py, of em_rl_fsdp.py on one process, and of both."""
+    if not hasattr(os, "fork"):
+        pytest.skip("Ctrl-C, which ends the two processes, needs Linux or macOS")
     folder = tmp_path_factory.mktemp("scale")
     before = os.getcwd()
     os.chdir(folder)

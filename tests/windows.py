@@ -75,12 +75,19 @@ def rename(old, new):
     os.replace(old, new)
 
 
+def send_signal(process, number, send=subprocess.Popen.send_signal):
+    if number != signal.SIGTERM:
+        raise ValueError(f"Unsupported signal: {number}")
+    send(process, number)
+
+
 def become_windows():
     sys.modules.update(dict.fromkeys(MODULES))
     for name in FUNCTIONS:
         if hasattr(os, name):
             delattr(os, name)
     os.rename = rename
+    subprocess.Popen.send_signal = send_signal
     subprocess.Popen.kill = subprocess.Popen.terminate
     for name in [name for name in dir(signal) if name.startswith("SIG") and name[3] != "_"]:
         if name.removeprefix("SIG") not in SIGNALS:
