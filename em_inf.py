@@ -54,7 +54,7 @@ from engine.arguments import (
 from engine.check import check_model
 from engine.load import add_device_arguments, load_model, set_up
 from engine.sampler import generate
-from entropy import at_least_float32, output_head, score_all, token_entropy
+from entropy import at_least_float32, can_compile, compiled, output_head, score_all, token_entropy
 from eval import graded
 from tasks.answers import after_thoughts, most_agreed
 from tasks.errors import UserError
@@ -90,6 +90,9 @@ def in_cache(function):
     return wrapper
 
 
+entropy_of_rows = in_cache(compiled(token_entropy))  # (B, V) -> (B,)
+
+
 def softmax_and_entropy(z):
     """Finite logits (B, V), none far above 0 -> softmax (B, V), its entropy in nats (B, 1) and
     the log of its normaliser (B, 1)."""
@@ -97,6 +100,67 @@ def softmax_and_entropy(z):
     total = p.sum(-1, keepdim=True)
     p.div_(total)
     return p, total.log() - torch.linalg.vecdot(p, z)[:, None], total.log()
+
+
+def downhill(z, p, start, shift, kl_weight):
+    """-dloss/dz = p (log p + H) - kl_weight (p - start), with shift = log p + H - z: (B, 1)."""
+    return (z + (shift - kl_weight)).mul_(p).add_(start, alpha=kl_weight)
+
+
+def take_step(z, m, v, grad, rate, t, optimizer):
+    """The t-th step, in place. Of each row (B, 1), `rate` is lr, or 0 where it has stopped."""
+    if optimizer == "sgd":
+        z.addcmul_(grad, rate)
+    else:
+        m.lerp_(grad, 0.1)
+        v.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        bias = math.sqrt(1 - 0.999**t)
+        step = m / v.sqrt().add_(1e-8 * bias)
+        z.addcmul_(step, rate, value=bias / (1 - 0.9**t))
+
+
+def replay(first, sums, delta, lr, kl_weight, optimizer):
+    """z after as many steps as there are `sums`, of exp(z) and of exp(z) z before each step."""
+    z, m, v = first.clone(), torch.zeros_like(first), torch.zeros_like(first)
+    rate, start = lr, None
+    for t, (total, weighted) in enumerate(sums, 1):
+        norm = total.log()
+        entropy = norm - weighted / total
+        p = (z - norm).exp()
+        start = p if start is None else start
+        grad = downhill(z, p, start, entropy - norm, kl_weight)
+        rate = rate * (entropy >= delta).to(z.dtype)
+        take_step(z, m, v, grad, rate, t, optimizer)
+    return z
+
+
+@compiled
+def minimize_in_few_passes(logits, delta, lr, steps, kl_weight, optimizer):
+    """`minimize_entropy` for torch.compile: steps + 2 reads of the logits and one write.
+
+    z after some steps follows from the first logits and, for each step, two sums of each row. So
+    every pass takes all steps anew, and no z, m or v is stored. The work grows with the square
+    of the steps, and so does the time to compile it.
+    """
+    # Rows in equal parts, (B, parts, size), are summed part by part: where the compiler cuts a
+    # row into parts that are not equal, it stores z.
+    size = math.gcd(logits.shape[-1], 1024)
+    logits = at_least_float32(logits)
+    top = logits.amax(-1)[:, None, None]
+    logits = logits.unflatten(-1, (-1, size))
+    first = (logits - top).clamp(min=-1e4)
+    sums = first.new_zeros(0, 2, len(first), 1, 1)
+    for _ in range(steps):
+        z = replay(first, sums, delta, lr, kl_weight, optimizer)
+        e = z.exp()
+        of_rows = torch.stack([e.sum(-1), (e * z).sum(-1)]).sum(-1)  # (2, B)
+        # A new tensor in each pass: if the sums stood in a list, the compiler would see that two
+        # passes have steps in common, and store z, m and v for the second.
+        sums = torch.cat([sums, of_rows[None, :, :, None, None]])
+    total, weighted = sums[0]  # (B, 1, 1)
+    untouched = (total.log() - weighted / total < delta) | (logits == -torch.inf)
+    z = replay(first, sums, delta, lr, kl_weight, optimizer)
+    return torch.where(untouched, logits, z + top).flatten(1)
 
 
 @in_cache
@@ -124,29 +188,23 @@ def minimize_entropy(logits, delta=0.3, lr=0.1, steps=3, kl_weight=0.05, optimiz
             f"minimize_entropy: delta {delta}, lr {lr}, steps {steps}, kl_weight {kl_weight}: none "
             f"may be negative; and optimizer {optimizer!r} must be adam or sgd"
         )
+    if len(logits) and 0 < steps <= 4 and can_compile(logits.device, logits.shape[-1]):
+        return minimize_in_few_passes(logits, delta, lr, steps, kl_weight, optimizer)
     logits = at_least_float32(logits)
     if steps == 0:
         return logits.clone()
     top = logits.amax(-1, keepdim=True)
     z = (logits - top).clamp_(min=-1e4)  # finite, so that a masked token's p log p is 0
     start, entropy, norm = softmax_and_entropy(z)
-    active = (entropy >= delta).to(z.dtype)  # (B, 1): 1 until the row has stopped, then 0
+    rate = lr * (entropy >= delta).to(z.dtype)  # (B, 1): 0 once the row has stopped
     untouched = (entropy < delta) | (logits == -torch.inf)
     p, m, v = start, torch.zeros_like(z), torch.zeros_like(z)
     for t in range(1, steps + 1):
-        # -dloss/dz = p (log p + H) - kl_weight (p - start), with log p = z - norm
-        grad = (z + (entropy - norm - kl_weight)).mul_(p).add_(start, alpha=kl_weight)
-        if optimizer == "adam":
-            m.lerp_(grad, 0.1)
-            v.mul_(0.999).addcmul_(grad, grad, value=0.001)
-            bias = math.sqrt(1 - 0.999**t)
-            step = m / v.sqrt().add_(1e-8 * bias)
-            z.addcmul_(step, active, value=lr * bias / (1 - 0.9**t))
-        else:
-            z.addcmul_(grad, active, value=lr)
+        grad = downhill(z, p, start, entropy - norm, kl_weight)
+        take_step(z, m, v, grad, rate, t, optimizer)
         if t < steps:
             p, entropy, norm = softmax_and_entropy(z)
-            active.masked_fill_(entropy < delta, 0.0)
+            rate.masked_fill_(entropy < delta, 0.0)
     return torch.where(untouched, logits, z.add_(top))
 
 
@@ -201,19 +259,20 @@ class Sharpen(LogitsProcessor):
 
     def sharpen(self, logits):
         logits = at_least_float32(logits)
-        entropy = in_cache(token_entropy)(logits)  # (B,)
+        entropy = entropy_of_rows(logits)  # (B,)
         unsure = (entropy >= self.delta).nonzero()[:, 0]
         sharper = self.function(logits[unsure])
-        entropy_after = entropy.index_copy(0, unsure, in_cache(token_entropy)(sharper))
-        if entropy_after.isnan().any():
+        entropy_after = entropy.index_copy(0, unsure, entropy_of_rows(sharper))
+        before, after = torch.stack([entropy, entropy_after]).sum(-1).tolist()
+        if math.isnan(after):
             row = entropy_after.isnan().nonzero()[0].item()
             raise UserError(
                 f"{type(self).__name__}: nan in row {row}: the model overflows, or lr is too large"
             )
         self.rows += len(logits)
         self.changed += len(unsure)
-        self.before += entropy.sum().item()
-        self.after += entropy_after.sum().item()
+        self.before += before
+        self.after += after
         return logits.index_copy(0, unsure, sharper)
 
     def report(self):

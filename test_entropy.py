@@ -21,7 +21,13 @@ from transformers import AutoTokenizer
 import em_ft
 import em_rl
 import entropy
-from em_inf import AdaptiveTemperature, EMInf, adaptive_temperature, minimize_entropy
+from em_inf import (
+    AdaptiveTemperature,
+    EMInf,
+    adaptive_temperature,
+    minimize_entropy,
+    minimize_in_few_passes,
+)
 from em_rl import advantage, entropy_weight
 from engine.load import load_model
 from engine.optimizer import MasterAdamW
@@ -129,14 +135,13 @@ def test_blocks_give_values_and_gradients_of_whole_logits(head, biased, block):
 
 def test_no_tokens_times_vocabulary_is_made_and_no_needless_gradient(monkeypatch):
     h, w, t, b = head_inputs(N=64, D=8, V=5000)
-    made, original = [], entropy.block_of_logits
+    made, original = [], entropy.finish_logits
 
-    def make(*args):
-        z = original(*args)
-        made.append(z.numel())
-        return z
+    def finish(block, *head):
+        made.append(block.numel())
+        return original(block, *head)
 
-    monkeypatch.setattr(entropy, "block_of_logits", make)
+    monkeypatch.setattr(entropy, "finish_logits", finish)
     H, L = entropy_and_logprob(h.detach(), w, t, b.detach(), block=2000)
     kept = [x.numel() for x in H.grad_fn.saved_tensors]
     assert max(kept) == w.numel() < 64 * 5000
@@ -144,6 +149,48 @@ def test_no_tokens_times_vocabulary_is_made_and_no_needless_gradient(monkeypatch
     assert max(made) <= 2000
     assert sum(made) == 2 * 64 * 5000
     assert w.grad is not None and h.grad is None and b.grad is None
+
+
+@pytest.fixture
+def compile_here(monkeypatch):
+    """What is compiled on a GPU is compiled on this CPU, by inductor as there."""
+    try:
+        torch.compile(torch.exp)(torch.zeros(1))
+    except Exception as error:
+        pytest.skip(f"torch.compile does not work here: {error}")
+    for module in "entropy", "em_inf":
+        monkeypatch.setattr(f"{module}.can_compile", lambda device, V: True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters
+
+
+def test_compiled_blocks_give_values_and_gradients_of_eager_ones(compile_here, monkeypatch):
+    """The compiler's code has a comparison where the eager one has a scatter."""
+    h, w, t, b = head_inputs(N=8, V=64, dtype=torch.float32)
+    head = dict(scale=1.7, softcap=2.0, temperature=0.6)
+    got = torch.stack(entropy_and_logprob(h, w, t, b, block=128, **head))  # 4 blocks of 8 x 16
+    a = torch.randn(2, 8)
+    grads = gradient((a * got).sum(), (h, w, b))
+    assert compile_here["stats"]["unique_graphs"] == 2 and not compile_here["graph_break"]
+    monkeypatch.setattr(entropy, "can_compile", lambda device, V: False)
+    wanted = torch.stack(entropy_and_logprob(h, w, t, b, block=128, **head))
+    assert_close(got, wanted)
+    assert_close(grads, gradient((a * wanted).sum(), (h, w, b)))
+
+
+def test_where_no_compiler_works_a_warning_says_so(monkeypatch):
+    """Triton without a C compiler must not end a run that needs neither."""
+
+    def fail(function):
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(entropy, "has_triton", lambda: True)
+    tried = entropy.can_compile.__wrapped__
+    assert not tried(torch.device("cpu"), 5000) and not tried(torch.device("cuda"), 280)
+    with pytest.warns(UserWarning, match="no C compiler"):
+        assert not tried(torch.device("cuda"), 5000)
 
 
 @cases("dtype", [torch.float32, torch.bfloat16])
@@ -267,6 +314,33 @@ def test_minimize_entropy_is_the_released_algorithm(settings, dtype):
     got = minimize_entropy(logits, **settings).double().softmax(-1)
     wanted = torch.stack([released_em_inf(row, **settings) for row in logits])
     assert (got - wanted).abs().max() < 1e-5
+
+
+@cases("steps", [1, 3, 20])
+@cases("settings", [
+    {}, dict(delta=0.0, kl_weight=0.0), dict(kl_weight=2.0), dict(optimizer="sgd", lr=1.0),
+])
+def test_recomputed_steps_are_those_of_kept_moments(settings, steps):
+    """What a GPU compiles takes all steps anew in each pass, from two sums of each step."""
+    settings = dict(delta=0.3, lr=0.1, kl_weight=0.05, optimizer="adam", steps=steps) | settings
+    logits = pad(some_logits(), (7, 5), value=-torch.inf).bfloat16()
+    got = minimize_in_few_passes.__wrapped__(logits, **settings)
+    wanted = minimize_entropy(logits, **settings)
+    assert torch.equal(got == -torch.inf, wanted == -torch.inf)
+    assert (got.softmax(-1) - wanted.softmax(-1)).abs().max() < 1e-5
+    same = token_entropy(logits) < settings["delta"]
+    assert torch.equal(got[same], logits[same].float())
+
+
+@cases("optimizer, lr", [("adam", 0.1), ("sgd", 1.0)])
+def test_compiled_steps_are_the_eager_ones(optimizer, lr, compile_here, monkeypatch):
+    logits = pad(some_logits(V=50), (7, 7), value=-torch.inf).bfloat16()
+    got = minimize_entropy(logits, lr=lr, steps=2, optimizer=optimizer)
+    assert compile_here["stats"]["unique_graphs"] == 1 and not compile_here["graph_break"]
+    monkeypatch.setattr("em_inf.can_compile", lambda device, V: False)
+    wanted = minimize_entropy(logits, lr=lr, steps=2, optimizer=optimizer)
+    assert torch.equal(got == -torch.inf, wanted == -torch.inf)
+    assert (got.softmax(-1) - wanted.softmax(-1)).abs().max() < 1e-5
 
 
 @cases("sharpen", [
