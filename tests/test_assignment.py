@@ -131,7 +131,7 @@ MISTAKES = {
     "detached": ("em_ft_objective", "(entropy *", "(entropy.detach() *", "no gradient flows"),
     "EM-FT's sign": ("em_ft_objective", "-(entropy", "(entropy", "sign is wrong"),
     "delta": ("em_inf_step", "< delta", "< 0", "under delta has moved"),
-    "no bias correction": ("em_inf_step", "m / (1 - 0.9**step)", "m", "should be"),
+    "no bias correction": ("em_inf_step", "m / (1 - 0.9**step)", "m", "bias is not corrected"),
     "float32": ("token_reward", "(-entropy.", "(-entropy.float().", "keep their dtype"),
     "nothing returned": ("rloo_advantage", "return rewards - others", "pass", "NoneType"),
     "a shape": ("rloo_advantage", "rewards - others", "(rewards - others).flatten()", "shape is"),

@@ -54,7 +54,11 @@ def judge(got, want, args, *mistakes):
     if off.any():
         row = off.nonzero()[0, 0] if want.dim() else ...  # the first that is wrong
         shown = [f"{name} {arg[row].tolist()}" for name, arg in args.items()]
-        mine, right = ([float(f"{x:.6g}") + 0.0 for x in y[row].flatten()] for y in (got, want))
+        for digits in 6, 12:
+            mine, right = ([float(f"{x:.{digits}g}") + 0.0 for x in y[row].flatten()]
+                           for y in (got, want))
+            if mine != right:
+                break
         raise Wrong(f"With {', '.join(shown)} the result is {mine}, and should be {right}.")
     refuse(got.requires_grad and not want.requires_grad, "The values are right, but a gradient "
            "flows through them. They have to be constants.")
@@ -173,6 +177,8 @@ def check_em_inf_step(function):
         low = Categorical(logits=z).entropy() < 0.3
         moved = tensor(result[0]) - z
         refuse(moved[low].any(), "A row whose entropy is under delta has moved.")
+        bias = "The bias is not corrected: m goes with 1 - 0.9^step, and v with 1 - 0.999^step."
         judge(result[0], want, {"logits": z}, ("Uphill: this step raises the entropy. To minimise, "
-              "go against the gradient.", 2 * z - want))
+              "go against the gradient.", 2 * z - want), (bias, z + 0.1 * (want - z)),
+              (bias, z + 10**0.5 * (want - z)))  # of m alone, and of both, at step 1
         z, m, v = result

@@ -5,7 +5,7 @@ Nine functions to write, from the entropy of a token to three methods that minim
     python course/assignment/grade.py my_student.py    # or another file
 
 README.md, beside this file, has the rules. Logarithms are natural, so entropies and log-probs are
-in nats. Shapes: B responses, T tokens, V vocabulary. A result has the dtype of the arguments.
+in nats. Shapes: B responses, T tokens, V vocabulary. Numbers keep the dtype of the arguments.
 """
 import torch  # noqa: F401
 
@@ -15,7 +15,8 @@ def token_entropy(logits):
 
         H = - sum over v of  p_v log p_v
 
-    It is exact and finite even where some p_v is so small that it rounds to 0. Differentiable.
+    The logits are finite. H is exact and finite even where some p_v is so small that it rounds to
+    0. Differentiable.
     """
     raise NotImplementedError
 
@@ -26,7 +27,8 @@ def token_logprobs(logits, ids):
         log pi(y_t | y_1 ... y_(t-1))  for t = 2 ... T,    pi = softmax(logits)
 
     A model has read the token ids and returned the logits. What it returns at a place is about
-    the token that follows. Finite for all finite logits. Differentiable in the logits.
+    the token that follows. Finite even where a probability rounds to 0. Differentiable in the
+    logits.
     """
     raise NotImplementedError
 
@@ -62,7 +64,7 @@ def sequence_reward(logprobs, mask):
 
 
 def rloo_advantage(rewards):
-    """Each reward against its rivals. A row has the N rewards of one prompt: (B, N) -> (B, N).
+    """Each reward against its rivals. A row has the N >= 2 rewards of one prompt: (B, N) -> (B, N).
 
         A_i = r_i - mean of the other N - 1 rewards of the same prompt
     """
@@ -100,6 +102,7 @@ def em_inf_step(logits, m, v, step, lr=0.1, delta=0.3):
         logits <- logits - lr m_hat / (sqrt(v_hat) + 1e-8)
 
     `step` is 1, 2, ..., and m and v are 0 before step 1. A row whose entropy is below `delta`
-    before the step keeps its logits. (The released code adds a small KL term, left out here.)
+    before the step keeps its logits, whatever its m and v do. (The released code adds a small KL
+    term, which is left out here.)
     """
     raise NotImplementedError
