@@ -26,8 +26,7 @@ from difflib import get_close_matches
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 from vllm.v1.worker.gpu.sample import logits_processor as second_runner
 
-from em_inf import AdaptiveTemperature, EMInf, in_cache
-from entropy import token_entropy
+from em_inf import AdaptiveTemperature, EMInf, entropy_of_rows
 
 SHARPENERS = {"em_inf": EMInf, "adaptive_temperature": AdaptiveTemperature}
 # Beyond these a request would hold up all others, or its logits could overflow.
@@ -118,7 +117,7 @@ class EMInfVLLM(LogitsProcessor, second_runner.LogitsProcessor):
         rows = [row for row, slot in enumerate(slots) if slot in self.sharpeners]
         if not rows:
             return logits
-        entropy = in_cache(token_entropy)(logits[rows]).tolist()  # nats
+        entropy = entropy_of_rows(logits[rows]).tolist()  # nats
         groups = {}  # the rows of requests with equal settings are sharpened together
         for row, nats in zip(rows, entropy):
             sharpener = self.sharpeners[slots[row]]
