@@ -3,7 +3,8 @@ Entropy of a language model's next-token distribution: of logits, of hidden stat
 a model's responses.
 
 Logarithms are natural throughout, so every entropy and log-probability is in nats.
-Shapes: B responses, T tokens, D width of the hidden states, V vocabulary.
+Shapes: b responses, T tokens of the longest, M tokens of all of them, L tokens with the prompts,
+D width of the hidden states, V vocabulary.
 
 With z the logits, p = softmax(z) and H = -sum_j p_j log p_j, all here rests on two gradients:
 
@@ -75,7 +76,7 @@ def k3(logprobs, ref_logprobs):
     policy). The released trainer calls it low_var_kl.
     """
     d = ref_logprobs - logprobs
-    return d.expm1() - d  # exp(d) - d - 1 rounds to -6e-8 where d is small
+    return d.expm1() - d  # for a small d, exp(d) - d - 1 would round to -6e-8
 
 
 # -------------------------------------------------------- entropy without the logits
@@ -86,8 +87,8 @@ def entropy_and_logprob(
 ):
     """Entropy and log-prob of targets, straight from the last hidden states.
 
-    Takes the hidden states (T, D) of T tokens, weight (V, D), targets (T,) and perhaps a bias
-    (V,), and gives entropy (T,) and log-prob (T,), in nats. The result is the same as
+    Takes the hidden states (M, D) of M tokens, weight (V, D), targets (M,) and perhaps a bias
+    (V,), and gives entropy (M,) and log-prob (M,), in nats. The result is the same as
 
         logits = scale * (hidden @ weight.T + bias)
         logits = softcap * tanh(logits / softcap)    # Gemma; None leaves it out
@@ -95,7 +96,7 @@ def entropy_and_logprob(
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         logprob = logprobs.gather(-1, targets[:, None])[:, 0]
 
-    and both are differentiable in hidden, weight and bias, but the (T, V) logits never
+    and both are differentiable in hidden, weight and bias, but the (M, V) logits never
     exist. Forward and backward work through blocks of `block` logits: by default 2^20 on a
     CPU, which fit its cache, and 2^26 on a GPU. The backward makes each block once more, so
     there are 4 matrix products instead of 3, in the memory of one block and the gradients.
@@ -248,8 +249,8 @@ def output_head(model, prompt):
     ids = torch.tensor([(prompt * 2)[:64]], device=model.device)  # a few are enough, one is not
     targets = ids[0, 1:]
     with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, :-1]  # (T - 1, V)
-        hidden = model.base_model(input_ids=ids).last_hidden_state[0, :-1]  # (T - 1, D)
+        logits = model(input_ids=ids).logits[0, :-1]  # (L - 1, V)
+        hidden = model.base_model(input_ids=ids).last_hidden_state[0, :-1]  # (L - 1, D)
         if hidden.shape[-1] != head.weight.shape[-1]:
             raise ValueError(f"{name}: more than an output head on top of its base model")
         entropy = token_entropy(logits)
@@ -285,7 +286,7 @@ def batches(lengths, budget, indices=None, count=None):
 
 
 class Scores(NamedTuple):
-    """What a model says of the tokens of B responses, of which the longest has T: (B, T) each.
+    """What a model says of the tokens of b responses, of which the longest has T: (b, T) each.
     A row has its own tokens first, and zeros behind them."""
 
     entropy: torch.Tensor  # of the distribution of the token, nats
@@ -294,25 +295,25 @@ class Scores(NamedTuple):
 
 
 def score(model, head, prompts, responses, temperature=1.0, some=None):
-    """Entropy and log-prob of every token of B responses to B prompts (lists of token ids), or
+    """Entropy and log-prob of every token of b responses to b prompts (lists of token ids), or
     of `some` of them, a list of indices: -> Scores, differentiable. `head` comes from
     `output_head`. Padding is on the right, where causal attention does not see it, so no
     attention mask is needed."""
     if some is not None:
         prompts, responses = [prompts[i] for i in some], [responses[i] for i in some]
     ids = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
-    ids = pad_sequence(ids, batch_first=True).to(model.device)  # (B, L)
+    ids = pad_sequence(ids, batch_first=True).to(model.device)  # (b, L)
     start = torch.tensor([len(p) for p in prompts], device=model.device)[:, None]
     length = torch.tensor([len(r) for r in responses], device=model.device)[:, None]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, D)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (b, L, D)
     place = torch.arange(1, ids.shape[1], device=model.device)  # of each token but the first
-    is_response = (place >= start) & (place < start + length)  # (B, L - 1)
-    states = hidden[:, :-1][is_response]  # (tokens, D): what predicts each response token
+    is_response = (place >= start) & (place < start + length)  # (b, L - 1)
+    states = hidden[:, :-1][is_response]  # (M, D): what predicts each response token
     targets = ids[:, 1:][is_response]
     entropy, logprobs = entropy_and_logprob(
         states, targets=targets, temperature=temperature, **head
     )
-    mask = torch.arange(length.max(), device=model.device) < length  # (B, T)
+    mask = torch.arange(length.max(), device=model.device) < length  # (b, T)
     zeros = torch.zeros_like(mask, dtype=torch.float32)
     entropy = zeros.masked_scatter(mask, entropy.float())
     logprobs = zeros.masked_scatter(mask, logprobs.float())
