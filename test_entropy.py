@@ -38,6 +38,8 @@ from tasks.errors import UserError
 from tasks.problems import load_problems
 from tests.models import ARCHITECTURES, FEW, TINY_BASE, random_model, rows_of
 
+# torch.compile loads what torch itself has given up
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 cases = pytest.mark.parametrize
 FOUR = AutoTokenizer.from_pretrained(TINY_BASE)("4")["input_ids"][0]
 PROBLEMS = {p["prompt"]: p for p in load_problems(FEW)}

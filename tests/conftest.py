@@ -14,10 +14,8 @@ from tests.models import TINY_BASE
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "beside(command, env): begun before the first test")
-    # peft 0.21 asks a model by a name that transformers 5.24 has given up, and is told so;
-    # torch.compile loads what torch itself has given up
+    # peft 0.21 asks a model by a name that transformers 5.24 has given up, and is told so
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")
