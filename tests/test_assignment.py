@@ -1,6 +1,5 @@
 """course/assignment/: a right solution gets all points, and each usual mistake the words for it."""
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -202,9 +201,8 @@ def test_training_is_judged_by_the_accuracy_that_it_gains(tmp_path, monkeypatch,
     assert grade.verdict("training", args) == ""
 
 
-def test_the_file_to_be_filled_has_no_points_and_is_not_trained_with():
-    command = [sys.executable, ROOT / "course/assignment/grade.py"]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+@pytest.mark.beside(command=lambda _: [ROOT / "course/assignment/grade.py"])
+def test_the_file_to_be_filled_has_no_points_and_is_not_trained_with(done):
     assert done.returncode == 1 and not done.stderr
     assert "0 of 20 points, 0 of 9 functions" in done.stdout
     assert done.stdout.count("is not written yet") == 9 and "step" not in done.stdout[-150:]

@@ -7,6 +7,7 @@ import pytest
 import em_rl
 from bench import gpu
 from engine import cache, run, sampler
+from tests.models import ROOT
 
 OPTIONAL = {"lora": "peft", "vllm": "vllm"}  # the package that a part needs
 PEAK = "entropy", "em_rl", "em_ft", "lora"  # they measure memory, by a module of POSIX
@@ -86,21 +87,28 @@ def check_training_step(name, got):
     assert got["gigabytes"] > 0.1
 
 
-def test_a_part_that_fails_leaves_the_others(tmp_path, capsys, monkeypatch):
+FAIL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from bench import gpu
+gpu.FROM_FOLDER = set()  # so that em_ft finds no model
+gpu.main(["--dry", "--only", "em_ft,em_inf", "--out", "gpu.json"])
+"""
+
+
+@pytest.mark.beside(command=lambda _: ["-c", FAIL, ROOT])
+def test_a_part_that_fails_leaves_the_others(done):
     """Out of memory in one part must not cost the results of those behind it."""
-    monkeypatch.setattr(gpu, "FROM_FOLDER", set())  # so that em_ft finds no model
-    out = tmp_path / "gpu.json"
-    gpu.main(["--dry", "--only", "em_ft,em_inf", "--out", str(out)])
-    results = json.loads(out.read_text())
+    assert done.returncode == 0, done.stderr
+    results = json.loads((done.folder / "gpu.json").read_text(encoding="utf-8"))
     assert list(results) == ["em_inf", "em_ft"]
     assert results["em_inf"]["changed"] == 1 and results["em_inf"]["part_seconds"] > 0
     failed = results["em_ft"]["failed"]
     assert failed.startswith("exit code 1: em_ft.py: model ") and "\n" not in failed
     assert failed.partition(": ")[2] in results["em_ft"]["log"]
-    told = capsys.readouterr().out
-    assert told.startswith("em_inf, ") and "\nem_ft, " in told
-    assert "| `python bench/gpu.py --only em_ft` | failed: exit code 1" in told
-    assert "on the CPU, at toy size" in told
+    assert done.stdout.startswith("em_inf, ") and "\nem_ft, " in done.stdout
+    assert "| `python bench/gpu.py --only em_ft` | failed: exit code 1" in done.stdout
+    assert "on the CPU, at toy size" in done.stdout
 
 
 def test_a_part_that_hangs_is_stopped_at_its_limit(tmp_path):

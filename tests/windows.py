@@ -17,6 +17,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -94,6 +95,7 @@ def become_windows():
             delattr(signal, name)
     for name in "alarm", "setitimer", "pthread_sigmask", "pthread_kill", "sigwait", "pause":
         delattr(signal, name)
+    resource_tracker._HAVE_SIGMASK = False  # of multiprocessing, which does without on Windows
     sys.addaudithook(refuse)
 
 
@@ -109,19 +111,24 @@ def run(script, flags):
         return end.code
 
 
-commands = [[]]
-for word in sys.argv[1:]:
-    if word == "--":
-        commands.append([])
-    else:
-        commands[-1].append(word)
-if "pytest" in sys.argv:
-    for name in "datasets", "peft", "platformdirs":
-        if importlib.util.find_spec(name):
-            importlib.import_module(name)
-    tmpdir.get_user_id = lambda: None  # pytest's own, by os.getuid
-become_windows()
-for script, *flags in commands:
-    code = run(script, flags)
-    if code is not None:
-        print(f"--- {script} ended with {code!r}", flush=True)
+def main(words):
+    commands = [[]]
+    for word in words:
+        if word == "--":
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    if "pytest" in words:
+        for name in "datasets", "peft", "platformdirs":
+            if importlib.util.find_spec(name):
+                importlib.import_module(name)
+        tmpdir.get_user_id = lambda: None  # pytest's own, by os.getuid
+    become_windows()
+    for script, *flags in commands:
+        code = run(script, flags)
+        if code is not None:
+            print(f"--- {script} ended with {code!r}", flush=True)
+
+
+if __name__ == "__main__":  # a process that multiprocessing starts loads this file, too
+    main(sys.argv[1:])
