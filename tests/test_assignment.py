@@ -230,7 +230,8 @@ def test_a_function_that_hangs_or_ends_the_process_loses_its_own_points_only(tmp
     assert text.count("No result in 2 seconds") == text.count("As above.") == 1
     assert "SystemExit: bye" in text
     assert "return missing" in text and "NameError: name 'missing'" in text
-    assert f'File "{file}", line ' in text and "grade.py" not in text
+    assert f'File "{file}", line 2' in " ".join(text.split())  # a long path ends its line
+    assert "grade.py" not in text
 
 
 def test_a_file_that_can_t_be_loaded_is_named_with_its_line(tmp_path, capsys):
