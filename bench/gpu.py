@@ -140,6 +140,18 @@ def random_model(sizes):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
+@contextlib.contextmanager
+def not_compiled():
+    """Without torch.compile, as where there is no Triton."""
+    modules = [sys.modules[name] for name in ("entropy", "em_inf")]
+    before = [module.can_compile for module in modules]
+    for module in modules:
+        module.can_compile = lambda device, V: False
+    yield
+    for module, can_compile in zip(modules, before):
+        module.can_compile = can_compile
+
+
 def some_prompts(count):
     """Token ids of the first `count` training problems."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -168,16 +180,20 @@ def entropy(sizes, folder):
     hidden, weight, targets = make_inputs(args, tokens, vocab)
     both_ways = functools.partial(step, "ours", hidden, weight, targets)
     seconds = median([seconds_of(both_ways, device) for _ in range(6)][1:])
+    with not_compiled():
+        eager = median([seconds_of(both_ways, device) for _ in range(4)][1:])
     speed = 4 * 2 * tokens * vocab * width / seconds
     memory = high_water(device) / 1e9
     with torch.no_grad():  # a few of the tokens, against float64
         few, exact = hidden[:64], hidden[:64].double() @ weight.double().T
         found, _ = entropy_and_logprob(few, weight, targets[:64])
         error = (found - token_entropy(exact)).abs().max().item()
-    summary = (f"{1e3 * seconds:.0f} ms, {of_peak(speed, peak, device)}; {memory:.1f} GB; "
+    summary = (f"{1e3 * seconds:.0f} ms, {of_peak(speed, peak, device)}; {1e3 * eager:.0f} ms if "
+               f"nothing is compiled; {memory:.1f} GB; "
                f"entropies within {error:.1g} nats of float64's")
     return dict(
-        seconds=seconds, speed=speed, peak=peak, gigabytes=memory, error=error, summary=summary
+        seconds=seconds, eager=eager, speed=speed, peak=peak, gigabytes=memory, error=error,
+        summary=summary,
     )
 
 
@@ -196,10 +212,13 @@ def em_inf(sizes, folder):
     logits = torch.randn(rows, sizes["model"]["vocab_size"], device=device)
     descend = functools.partial(sharpener.function, logits)
     alone = 1e3 * median([seconds_of(descend, device) for _ in range(23)][3:])
+    with not_compiled():
+        eager = 1e3 * median([seconds_of(descend, device) for _ in range(23)][3:])
     summary = (f"{sharpening / decoding:.1%} ({sharpening:.2f} of {decoding:.1f} ms), with "
-               f"{changed:.0%} of the rows sharpened; `minimize_entropy` alone {alone:.2f} ms")
+               f"{changed:.0%} of the rows sharpened; `minimize_entropy` alone {alone:.2f} ms, "
+               f"and {eager:.2f} if it is not compiled")
     return dict(sharpening=sharpening, decoding=decoding, changed=changed, alone=alone,
-                summary=summary)
+                eager=eager, summary=summary)
 
 
 def sampler(sizes, folder):
