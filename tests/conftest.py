@@ -18,6 +18,11 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
+def pytest_collection_modifyitems(items):
+    """Those that wait for what was begun before the first test come last."""
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """The tiny model and its tokenizer; not to be changed."""
@@ -37,8 +42,8 @@ def run_in(folder, words, env):
 
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
-    """Runs the commands of tests marked `beside`, one after another, while the tests before them
-    run: {test: future of what run_in gives}. With two cores this saves most of a minute.
+    """Runs the commands of tests marked `beside`, one after another, while the other tests run:
+    {test: future of what run_in gives}. With two cores this saves a minute.
 
     The mark's `command` is a function of an empty folder: the words behind `python`."""
     futures = {}
