@@ -246,7 +246,8 @@ def output_head(model, prompt):
         if value := getattr(config, key, None):
             scales += [float(value), 1 / float(value)]
     softcap = getattr(config, "final_logit_softcapping", None)
-    ids = torch.tensor([(prompt * 2)[:64]], device=model.device)  # a few are enough, one is not
+    some = prompt[:64] if len(prompt) > 1 else prompt * 2  # a few are enough, one is not
+    ids = torch.tensor([some], device=model.device)
     targets = ids[0, 1:]
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, :-1]  # (L - 1, V)
