@@ -26,6 +26,7 @@ class Job(NamedTuple):
     out: Path
     command: list
     after: tuple
+    threads: int = 1  # unless OMP_NUM_THREADS says otherwise
 
 
 def depth(job):
@@ -58,7 +59,7 @@ def run_job(job, folder):
         shutil.rmtree(job.out, ignore_errors=True)
         flag = "--out"
     command = [sys.executable, *job.command, flag, job.out]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    environment = {"OMP_NUM_THREADS": f"{job.threads}"} | os.environ
     started = time.time()
     with log.open("w", encoding="utf-8") as file:
         code = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode

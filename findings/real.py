@@ -173,7 +173,7 @@ def train(run, method, name, seed, folder, args):
     command = [str(ROOT / script), *flags, "--model", args.model, "--data", str(file)]
     if args.dtype:
         command += ["--dtype", args.dtype]
-    execute([Job(folder / run, command, ())], 1, folder)
+    execute([Job(folder / run, command, (), os.cpu_count())], 1, folder)
     metrics = read_rows(folder / run / "metrics.csv")[1:]
     minutes = sum(row["seconds"] for row in metrics) / 60
     more = dict(steps=metrics[-1]["step"], minutes=f"{minutes:.1f}")
@@ -239,7 +239,6 @@ def main(argv=None):
     folder = folder / args.name
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder, "lock of real.py")  # noqa: F841, until the process ends
-    os.environ.setdefault("OMP_NUM_THREADS", f"{os.cpu_count()}")  # of training
     rows = read_table(args.csv)
     args.tests = [name for name in TESTS if name != "humaneval" or args.allow_code_execution]
     args.sets = [name for name in SETS if name in ("asdiv", *args.tests)]

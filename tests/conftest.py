@@ -26,9 +26,19 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def tiny():
     """The tiny model and its tokenizer; not to be changed."""
-    from eval import load_model
+    from engine.load import load_model
 
     return load_model(TINY_BASE, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Guards against a variable that is left behind, such as OMP_NUM_THREADS: the processes of
+    later tests would round in another way."""
+    before = set(os.environ.items())
+    yield
+    left = {name for name, _ in before ^ set(os.environ.items())}
+    assert left <= {"PYTEST_CURRENT_TEST"}, left
 
 
 def run_in(folder, words, env):
