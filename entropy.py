@@ -18,7 +18,6 @@ import warnings
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._triton import has_triton
 from tqdm import tqdm
