@@ -63,9 +63,9 @@ def draw(logits, temperature):
 def draw_by_cdf(probs, size=128):
     """Draw the first token whose cumulative probability is above one uniform number: (b, 1).
 
-    First the block of `size` tokens is drawn, then the token in it. The sums over tokens are
-    float64, so that rare tokens keep their share. On a CPU this takes a fifth of the time of
-    `draw`'s exponentials, of which there are b x V, made by one thread.
+    First the block of `size` tokens is drawn, then the token in it. What is cumulated is float64,
+    so that rare tokens keep their share. On a CPU this takes a fifth of the time of `draw`'s
+    exponentials, of which there are b x V, made by one thread.
     """
     b, V = probs.shape
     if V % size:
