@@ -168,9 +168,13 @@ def test_weights_that_are_broken_end_in_one_line(temperature, vocab_size):
         generate(model, [[1, 2]], [], 4, temperature, N=2)
 
 
-def test_the_last_token_that_can_be_drawn_is_no_token_of_the_padding(monkeypatch):
-    probs = torch.zeros(2, 1500)
-    probs[:, 3] = 1.0
+def test_the_last_token_that_can_be_drawn_is_neither_padding_nor_masked(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, 1 - 2**-53,
                                                                            dtype=torch.float64))
+    probs = torch.zeros(2, 1500)
+    probs[:, 3] = 1.0
     assert draw_by_cdf(probs).tolist() == [[3], [3]]
+    logits = torch.randn(64, 1536, generator=torch.Generator().manual_seed(0))
+    logits[:, -100:] = -torch.inf  # most of the last block, whose sum may be rounded up
+    probs = logits.softmax(-1)
+    assert probs.gather(1, draw_by_cdf(probs)).min() > 0
