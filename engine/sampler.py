@@ -16,7 +16,7 @@ from entropy import batches, token_entropy
 from tasks.errors import UserError
 
 # Rows that have ended leave the batch. The host looks for them every so many tokens, and takes them
-# out if at most this share of the rows goes on. A GPU has to wait for each look, while rows that
+# out if at most this share of the rows is left. A GPU has to wait for each look, while rows that
 # have ended cost it little.
 ON_CPU, ON_GPU = (1, 1.0), (16, 0.5)
 
@@ -123,29 +123,30 @@ def generate(
                disable=desc is None)
     for group in batches([len(p) for p in prompts], math.inf, count=max(1, batch_size // N)):
         logits, step = prefill(model, [prompts[i] for i in group], N)
-        alive = torch.tensor([i * N + k for i in group for k in range(N)], device=model.device)
-        ended = torch.zeros(len(alive), dtype=torch.bool, device=model.device)
+        # of each row of the batch: its row of `tokens`, and whether it has drawn a stop id
+        place = torch.tensor([i * N + k for i in group for k in range(N)], device=model.device)
+        ended = torch.zeros(len(place), dtype=torch.bool, device=model.device)
         for t in range(max_new_tokens):
             ids, values = one_token(logits, temperature, sharpen)
-            tokens[alive, t], scores[:, alive, t] = ids[:, 0], values
+            tokens[place, t], scores[:, place, t] = ids[:, 0], values
             ended |= torch.isin(ids[:, 0], stop)
             if streamer is not None:
                 streamer.put(ids[:, 0].cpu())
             last = t + 1 == max_new_tokens
             if last or (t + 1) % look_every == 0:
-                on = (~ended).nonzero()[:, 0]
+                left = (~ended).nonzero()[:, 0]
                 if not values[0].isfinite().all():
                     raise UserError(f"the logits are not finite at token {t + 1}: the model's "
                                     "weights are broken, or a run's --lr is too high")
-                if last or len(on) == 0:
+                if last or len(left) == 0:
                     break
                 bar.set_postfix_str(f"token {t + 1}", refresh=False)
-                if len(on) < len(alive) and len(on) <= most_left * len(alive):
-                    bar.update(len(alive) - len(on))
-                    step.keep(on)
-                    alive, ids, ended = alive[on], ids[on], ended[on]
+                if len(left) < len(place) and len(left) <= most_left * len(place):
+                    bar.update(len(place) - len(left))
+                    step.keep(left)
+                    place, ids, ended = place[left], ids[left], ended[left]
             logits = step(ids)
-        bar.update(len(alive))
+        bar.update(len(place))
     bar.close()
     if streamer is not None:
         streamer.end()

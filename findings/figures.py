@@ -1,5 +1,5 @@
 """
-Figures of what findings.py has measured; report.py says what `found` is.
+Figures of what findings.py has measured (report.py says what `found` is), and real.py.
 """
 import numpy as np
 from matplotlib.figure import Figure
@@ -121,3 +121,23 @@ def draw_all(found, curves, folder):
         for axis in figure.axes:
             axis.spines[["top", "right"]].set_visible(False)
         figure.savefig(folder / f"findings-{name}.png", dpi=130)
+
+
+def draw_training(curves, labels, path):
+    """Write a panel for each of `labels` {curve: what its axis says}, against the step, with a line for
+    each run of `curves` {run: {curve: values}}."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, len(labels))
+    for axis, (name, label) in zip(axes, labels.items()):
+        for number, (run, values) in enumerate(curves.items()):
+            color, _, marker = STYLES[number % len(STYLES)]
+            line = "-" if number < len(STYLES) else ":"
+            steps = range(1, len(values[name]) + 1)
+            axis.plot(steps, values[name], color=color, linestyle=line, marker=marker, label=run,
+                      markersize=3)
+        axis.set(xlabel="step", ylabel=label)
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)

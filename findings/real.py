@@ -5,7 +5,8 @@ The paper's questions, asked of a real model: a forecast, decoding, training.
     python findings/real.py decoding   # EM-INF beside its rivals
     python findings/real.py training   # EM-FT, EM-RL and their controls, and a test of each
     python findings/real.py overlap    # is a test prompt in a training set?
-    python findings/real.py report     # the tables anew, from the CSV alone
+    python findings/real.py report     # tables and figure anew, from the CSV alone
+    python findings/real.py examples   # answers before and after training, as Markdown
 
 The model is --model, a folder or an id of the Hub. Problems come from the Hub too, unless
 --data svamp=FILE,gsm8k=FILE names files.
@@ -33,18 +34,22 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from figures import draw_training
 from jobs import Job, execute
 from real_tables import (
     BASE,
     COLUMNS,
+    CURVES,
     DECODERS,
     KEY,
     RUNS,
     SETS,
     TESTS,
     TRAIN,
+    curves_of,
     filled,
     read_table,
+    runs_of,
     write_table,
 )
 from report import commit
@@ -169,7 +174,7 @@ def train(run, method, name, seed, folder, args):
     problems = apart(problems_of(name, args), [problems_of(test, args) for test in args.tests])
     replace_file(file, "".join(json.dumps(problem) + "\n" for problem in problems))
     flags = f"{RUNS[method]} {WORLD} --prompts {args.prompts} --steps {args.steps} --seed {seed}"
-    script, *flags = flags.split()
+    script, *flags = f"{flags} {args.flags}".split()
     command = [str(ROOT / script), *flags, "--model", args.model, "--data", str(file)]
     if args.dtype:
         command += ["--dtype", args.dtype]
@@ -179,6 +184,8 @@ def train(run, method, name, seed, folder, args):
     more = dict(steps=metrics[-1]["step"], minutes=f"{minutes:.1f}")
     if "kl" in metrics[-1]:
         more["kl"] = f"{metrics[-1]['kl'] * metrics[-1]['length']:.3g}"  # nats a response
+    for column in CURVES:
+        more[f"{column}_by_step"] = " ".join(f"{row[column]:.3g}" for row in metrics)
     return more
 
 
@@ -190,6 +197,26 @@ def apart(training, tests):
     """The problems of a training set whose prompts, but for case and punctuation, no test has."""
     asked = {normal(problem["prompt"]) for problems in tests for problem in problems}
     return [problem for problem in training if normal(problem["prompt"]) not in asked]
+
+
+def print_examples(rows, run, name, folder, args):
+    """Greedy answers before and after a run: of each kind of change, the first in the set."""
+    answers = []
+    for who in "", run:
+        right = rows[args.name, who, name, "greedy", "1"]["right"].split()
+        samples = read_jsonl(folder / f"{who} {name} greedy 1 x {args.tokens}, 1.jsonl".strip())
+        answers.append(list(zip(samples, right)))
+    shown = set()
+    for (before, was), (after, is_now) in zip(*answers):
+        if (was, is_now) in shown or before["response"] == after["response"]:
+            continue
+        shown.add((was, is_now))
+        print(f"{before['id']}; the answer is {before['answer']}.\n")
+        for when, sample, right in ("Before", before, was), ("After", after, is_now):
+            word = "right" if right == "1" else "wrong"
+            quoted = sample["response"].strip().replace("\n", "\n> ")
+            print(f"{when} {run}: {word}, {sample['length']} tokens, {sample['entropy']:.3f} nats "
+                  f"a token.\n\n> {quoted}\n")
 
 
 # ------------------------------------------------------------------------------ the command
@@ -214,12 +241,15 @@ def named_files(text):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
-    add("table", choices=["forecast", "decoding", "training", "overlap", "report"])
+    tables = "forecast decoding training overlap report examples"
+    add("table", choices=tables.split())
     add("--model", default="Qwen/Qwen2.5-Coder-0.5B-Instruct", help="folder or Hub id")
     add("--name", help="what the tables call it; without it the last part of --model")
     add("--data", type=named_files, default={}, metavar="SET=FILE,...", help="files of problems")
     add("--runs", type=some_of(RUNS), default=list(RUNS), help="methods of training, with commas")
     add("--train", type=some_of(TRAIN), default=list(TRAIN), help="sets to train on, with commas")
+    add("--flags", default="", help="more flags for the training scripts, such as '--lr 1e-5': "
+        "they stand behind the method's name in the tables")
     add("--regrade", action="store_true", help="grade the samples of a table's rows again")
     add("--quick", action="store_true", help="the settings under QUICK: less of everything")
     for name in FULL:
@@ -260,7 +290,7 @@ def main(argv=None):
             measure_all(name, methods=DECODERS, seeds=seeds)
     if args.table == "training":
         for seed, name, method in itertools.product(seeds, args.train, args.runs):
-            run = f"{method}, {name}, {seed}"
+            run = f"{method} {args.flags}".strip() + f", {name}, {seed}"
             tested = [key for key in rows if key[:2] == (args.name, run)]
             if args.regrade or len(tested) < len(args.tests) * len(BASE):
                 more = train(run, method, name, seed, folder, args)
@@ -271,9 +301,16 @@ def main(argv=None):
             training = problems_of(name, args)
             shared = len(training) - len(apart(training, [problems_of(test, args)]))
             print(f"{name}: {shared} of {len(training)} prompts are in {test}; not trained on")
-    if not args.quick:
+    if args.table == "examples":
+        for run in runs_of(rows, args.name):
+            if (args.name, f"{run}, 1", "svamp", "greedy", "1") in rows:
+                print_examples(rows, f"{run}, 1", "svamp", folder, args)
+    if args.csv.resolve() == ROOT / "findings/real.csv":
         page = ROOT / "findings/real.md"
         replace_file(page, filled(page.read_text(encoding="utf-8"), rows))
+        curves = curves_of(rows, args.name)
+        if curves:
+            draw_training(curves, CURVES, ROOT / "assets/real-training.png")
 
 
 if __name__ == "__main__":

@@ -43,11 +43,16 @@ KEY = "model run set method seed".split()
 COLUMNS = KEY + (
     "problems n tokens accuracy low high last_number boxed truncated entropy length flops "
     "sharpened majority passed token token_low token_high token_auroc sequence sequence_low "
-    "sequence_high sequence_auroc steps kl minutes commit right"
+    "sequence_high sequence_auroc steps kl minutes entropy_by_step length_by_step "
+    "truncated_by_step commit right"
 ).split()
+CURVES = {  # of the responses that were trained on
+    "entropy": "entropy, nats/token",
+    "length": "length, tokens",
+    "truncated": "share that is cut",
+}
 FORMS = dict(entropy=".3f", length=".0f", flops=".2f", kl=".2f", minutes=".0f", steps=".0f",
              token_auroc=".2f", sequence_auroc=".2f")  # all others are shares
-UNKNOWN = "not measured"
 
 # -------------------------------------------------------------------------------- the CSV
 
@@ -76,13 +81,24 @@ def write_table(path, rows):
 
 
 def find(rows, model, run, name, method):
-    """The rows of all seeds."""
-    return [row for key, row in rows.items() if key[:4] == (model, run, name, method)]
+    """The rows of all seeds. A run is "METHOD, TRAINING SET", or "" for the base model."""
+    fits = []
+    for key, row in rows.items():
+        if (key[0], key[1].rpartition(", ")[0], key[2], key[3]) == (model, run, name, method):
+            fits.append(row)
+    return fits
 
 
-def of_base(rows, model, name):
-    """The base model's rows of a set: (greedy, at T = 1)."""
-    return [find(rows, model, "", name, method) for method in BASE]
+def tested(rows, model, name, run=""):
+    """The rows of a run on a set: (greedy, at T = 1)."""
+    return [find(rows, model, run, name, method) for method in BASE]
+
+
+def runs_of(rows, model):
+    """The runs that are planned, and behind them those that had more flags."""
+    planned = [f"{method}, {train}" for train, method in itertools.product(TRAIN, RUNS)]
+    others = [key[1].rpartition(", ")[0] for key in rows if key[0] == model and key[1]]
+    return list(dict.fromkeys(planned + others))
 
 
 def mean(rows, column):
@@ -131,12 +147,8 @@ def verdict(low, high):
 
 
 def table(head, lines):
-    """Markdown. The headings are one string; a line with one cell has not been measured."""
-    head = head.split("; ")
-    for line in lines:
-        if len(line) == 1:
-            line += [UNKNOWN] + [""] * (len(head) - 2)
-    return markdown(head, lines)
+    """Markdown. The headings are one string."""
+    return markdown(head.split("; "), lines) if lines else "Not measured yet."
 
 
 # ------------------------------------------------------------------------------- the tables
@@ -147,9 +159,8 @@ def forecast_table(rows, model):
     head += "EM-RL token: the first 0.1 nats, points; EM-RL sequence: the first 0.1 nats, points"
     lines = []
     for name in SETS:
-        greedy, sampled = of_base(rows, model, name)
+        greedy, sampled = tested(rows, model, name)
         if not greedy or not sampled:
-            lines.append([name])
             continue
         line = [name, sampled[0]["problems"], shown(greedy, "accuracy")]
         for column in "accuracy majority passed entropy token_auroc".split():
@@ -164,12 +175,11 @@ def forecast_table(rows, model):
 def decoding_table(rows, model, name):
     head = "method; seeds x answers; accuracy; 95 %; against T = 1, points; by the last number; "
     head += "in a box; cut; entropy, nats; tokens; FLOPs, greedy = 1; tokens sharpened"
-    greedy, sampled = of_base(rows, model, name)
+    greedy, sampled = tested(rows, model, name)
     lines = []
     for method in [*BASE, *DECODERS]:
         some = find(rows, model, "", name, method)
         if not some:
-            lines.append([method])
             continue
         line = [method, f"{len(some)} x {some[0]['n']}", *accuracy(some)]
         line.append(points(gain(sampled, some)) if sampled and method != "sample@1" else "")
@@ -185,7 +195,7 @@ def list_of_claims(rows, model, name):
     for a, b, claim in CLAIMS:
         first, second = [find(rows, model, "", name, method) for method in (a, b)]
         if not first or not second:
-            lines.append(f"- {UNKNOWN}: {claim}")
+            lines.append(f"- not measured: {claim}")
             continue
         difference = gain(second, first)
         word = {"likely helps": "holds here", "harms": "does not hold here"}
@@ -195,23 +205,23 @@ def list_of_claims(rows, model, name):
 
 
 def training_table(rows, model, name):
-    head = "run; trained on; seeds; greedy; 95 %; T = 1; 95 %; pass@4; entropy, nats; tokens; cut; "
-    head += "in a box; greedy by the last number; KL, nats a response; steps; minutes"
+    head = "run; trained on; seeds; greedy; gain, points; by the last number; T = 1; gain, points; "
+    head += "by the last number; pass@4; entropy, nats; tokens; cut; in a box; "
+    head += "KL, nats a response; steps; minutes"
+    base = tested(rows, model, name)
     lines = []
-    for train, method in [("", "base"), *itertools.product(TRAIN, RUNS)]:
-        runs = {key[1] for key in rows if key[1].startswith(f"{method}, {train}, ")}
-        greedy, sampled = [], []
-        for run in sorted(runs) if train else [""]:
-            greedy += find(rows, model, run, name, "greedy")
-            sampled += find(rows, model, run, name, "sample@1")
-        if not greedy or not sampled:
-            lines.append([f"{method}, {train}" if train else method])
+    for run in ["", *runs_of(rows, model)]:
+        found = tested(rows, model, name, run)
+        if not all(found) or not all(base):
             continue
-        line = [method, train, str(len(greedy)), *accuracy(greedy), *accuracy(sampled)]
-        for column in "passed entropy length truncated boxed".split():
-            line.append(shown(sampled, column))
-        line.append(shown(greedy, "last_number"))
-        lines.append(line + [shown(sampled, column) for column in ("kl", "steps", "minutes")])
+        method, _, train = run.partition(", ")
+        line = [method or "base", train, str(len(found[0]))]
+        for before, after in zip(base, found):
+            gained = points(gain(before, after)) if run else ""
+            line += [shown(after, "accuracy"), gained, shown(after, "last_number")]
+        for column in "passed entropy length truncated boxed kl steps minutes".split():
+            line.append(shown(found[1], column))
+        lines.append(line)
     return table(head, lines)
 
 
@@ -219,25 +229,45 @@ def outcome_table(rows, model):
     """Each forecast beside what was then measured, both in points against T = 1."""
     lines = []
     for name in SETS:
-        greedy, sampled = of_base(rows, model, name)
-        pairs = {
-            "em-inf@1": greedy and mean(greedy, "accuracy"),
-            "self-consistency@1": sampled and mean(sampled, "majority"),
-        }
-        for method, expected in pairs.items():
+        greedy, sampled = tested(rows, model, name)
+        if not greedy or not sampled:
+            continue
+        for method, expected in [
+            ("em-inf@1", mean(greedy, "accuracy")),
+            ("self-consistency@1", mean(sampled, "majority")),
+        ]:
             some = find(rows, model, "", name, method)
-            if not some or not sampled or not greedy:
-                lines.append([f"{method}, {name}"])
-                continue
-            forecast = 100 * (expected - mean(sampled, "accuracy"))
-            lines.append([f"{method}, {name}", f"{forecast:+.1f}", points(gain(sampled, some))])
-    for key in rows:
-        if key[0] == model and key[1] and key[3] == "sample@1":
-            _, base = of_base(rows, model, key[2])
-            reward = "sequence" if "sequence" in key[1] else "token"
-            forecast, found = foretold(base, reward), gain(base, [rows[key]])
-            lines.append([f"{key[1]}: {key[2]}", points(forecast), points(found)])
-    return table("method and set; forecast, points; outcome, points", lines)
+            if some:
+                forecast = f"{100 * (expected - mean(sampled, 'accuracy')):+.1f}"
+                lines.append([f"{method}, {name}", forecast, points(gain(sampled, some)), ""])
+        for run in runs_of(rows, model):
+            some = find(rows, model, run, name, "sample@1")
+            if some and run.startswith("EM-RL"):
+                forecast = points(foretold(sampled, "sequence" if "sequence" in run else "token"))
+                found = points(gain(sampled, some))
+                lines.append([f"{run}: {name}", forecast, found, shown(some, "kl")])
+    head = "method and set; forecast, points; outcome, points; KL, nats a response"
+    return table(head, lines)
+
+
+def list_of_missing(rows, model):
+    """What has not been measured, of each set."""
+    lines = []
+    for name in TESTS:
+        decoders = [m for m in (*BASE, *DECODERS) if not find(rows, model, "", name, m)]
+        runs = [run for run in runs_of(rows, model) if not all(tested(rows, model, name, run))]
+        lines.append(f"- {name}: {'; '.join(decoders + runs) or 'nothing'}")
+    return "\n".join(lines)
+
+
+def curves_of(rows, model):
+    """{run: {curve: its value at each step}} of the trained models."""
+    curves = {}
+    for key, row in rows.items():
+        if key[0] == model and row.get("entropy_by_step"):
+            by_step = {name: row[f"{name}_by_step"].split() for name in CURVES}
+            curves[key[1]] = {name: np.array(some, float) for name, some in by_step.items()}
+    return curves
 
 
 TABLES = {
@@ -246,6 +276,7 @@ TABLES = {
     "claims": list_of_claims,
     "training": training_table,
     "outcome": outcome_table,
+    "missing": list_of_missing,
 }
 
 

@@ -1,5 +1,6 @@
 """The findings on a real model: their rows, and that the page says what the rows say."""
 import argparse
+import json
 import re
 import sys
 
@@ -109,6 +110,8 @@ def test_only_the_sets_that_are_named_are_trained_on(tmp_path, monkeypatch):
     flags = ["training", "--quick", "--runs", "EM-FT,majority", "--train", "gsm8k-train"]
     real.main(flags)
     assert trained == ["EM-FT, gsm8k-train, 1", "majority, gsm8k-train, 1"]
+    real.main([*flags, "--flags", "--lr 1e-5"])
+    assert trained[2] == "EM-FT --lr 1e-5, gsm8k-train, 1"
     with pytest.raises(SystemExit):
         real.main([*flags[:-1], "gsm8k"])
 
@@ -131,19 +134,55 @@ def test_claims_are_judged_problem_by_problem():
     assert lines[1].startswith("- not measured")
     assert lines[2].startswith("- open")  # equal on every problem
     table = real_tables.decoding_table(rows, MODEL, "svamp")
-    assert "| em-inf@0.1 | not measured |" in table and "| 1.00 |" in table
+    assert "| greedy | 1 x 1 | 100.0% |" in table and "| 1.00 |" in table
+    missing = real_tables.list_of_missing(rows, MODEL).splitlines()
+    assert missing[0].startswith("- svamp: sample@0.1; ") and "; EM-FT, asdiv; " in missing[0]
+    assert missing[1].startswith("- gsm8k: greedy; ")
 
 
 def test_the_seeds_of_a_trained_run_are_one_line():
-    some = [row("greedy", "1 1"), row("sample@1", "1 3", n=4, token="0.02", token_low="0.01",
+    some = [row("greedy", "1 0"), row("sample@1", "1 3", n=4, token="0.02", token_low="0.01",
                                       token_high="0.03")]
     for seed, right in (1, "4 4"), (2, "0 4"):
         run = f"EM-RL token, asdiv, {seed}"
-        some += [row("greedy", "1 1", run=run), row("sample@1", right, n=4, run=run, kl="0.5")]
+        curves = {f"{curve}_by_step": "0.5 0.25" for curve in real_tables.CURVES}
+        some += [row("greedy", "1 1", run=run),
+                 row("sample@1", right, n=4, run=run, kl="0.5", **curves)]
+    faster = "EM-RL token --lr 1e-5, asdiv, 1"  # a flag more than those of RUNS
+    some += [row("greedy", "0 0", run=faster), row("sample@1", "0 0", n=4, run=faster)]
     rows = {real_tables.key_of(one): one for one in some}
-    table = real_tables.training_table(rows, MODEL, "svamp")
-    (line,) = re.findall(r"\| EM-RL token \| asdiv \|.*", table)
-    assert line.startswith("| EM-RL token | asdiv | 2 | 100.0% |") and "| 75.0% |" in line
-    assert "| EM-RL token exact, asdiv | not measured |" in table
+    lines = real_tables.training_table(rows, MODEL, "svamp").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| base", "| EM-RL token", "| EM-RL token --lr 1e-5",
+    ]
+    assert lines[1].startswith("| EM-RL token | asdiv | 2 | 100.0% | +50.0 (")
+    assert "| 75.0% | +25.0 (" in lines[1] and lines[2].count("| -50.0 (") == 2
     outcome = real_tables.outcome_table(rows, MODEL)
-    assert "EM-RL token, asdiv, 1: svamp | +2.0 (+1.0 to +3.0) | +50.0" in outcome
+    assert "| EM-RL token, asdiv: svamp | +2.0 (+1.0 to +3.0) | +25.0 (" in outcome
+    assert real_tables.training_table(rows, MODEL, "gsm8k") == "Not measured yet."
+    curves = real_tables.curves_of(rows, MODEL)
+    assert list(curves) == ["EM-RL token, asdiv, 1", "EM-RL token, asdiv, 2"]
+    assert list(curves["EM-RL token, asdiv, 2"]["length"]) == [0.5, 0.25]
+
+
+def test_a_figure_has_a_line_for_each_run(tmp_path):
+    curves = {f"run {i}": {name: [1, 2] for name in real_tables.CURVES} for i in range(7)}
+    real.draw_training(curves, real_tables.CURVES, tmp_path / "training.png")
+    assert (tmp_path / "training.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_examples_are_the_first_of_each_kind_of_change(tmp_path, capsys):
+    run, rights = "EM-RL token, asdiv, 1", {"": "0 0 1 1", "EM-RL token, asdiv, 1": "1 1 0 1"}
+    rows = {}
+    for who, right in rights.items():
+        rows[MODEL, who, "svamp", "greedy", "1"] = {"right": right}
+        lines = []
+        for i in range(4):
+            text = "the same" if i == 3 else f"{who}\n{i}"
+            lines.append(dict(id=f"id-{i}", answer="7", response=text, length=3, entropy=0.5))
+        path = tmp_path / f"{who} svamp greedy 1 x 12, 1.jsonl".strip()
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    real.print_examples(rows, run, "svamp", tmp_path, settings(name=MODEL))
+    printed = capsys.readouterr().out
+    assert re.findall(r"id-\d", printed) == ["id-0", "id-2"]
+    assert f"After {run}: right, 3 tokens, 0.500 nats a token.\n\n> {run}\n> 0\n" in printed
