@@ -124,8 +124,8 @@ def draw_all(found, curves, folder):
 
 
 def draw_training(curves, labels, path):
-    """Write a panel for each of `labels` {curve: what its axis says}, against the step, with a line for
-    each run of `curves` {run: {curve: values}}."""
+    """Write a panel for each of `labels` {curve: what its axis says}, against the step, with a
+    line for each run of `curves` {run: {curve: values}}."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, len(labels))
     for axis, (name, label) in zip(axes, labels.items()):
