@@ -248,6 +248,7 @@ def main(argv=None):
     add("--data", type=named_files, default={}, metavar="SET=FILE,...", help="files of problems")
     add("--runs", type=some_of(RUNS), default=list(RUNS), help="methods of training, with commas")
     add("--train", type=some_of(TRAIN), default=list(TRAIN), help="sets to train on, with commas")
+    add("--tests", type=some_of(TESTS), default=list(TESTS), help="sets to test on, with commas")
     add("--flags", default="", help="more flags for the training scripts, such as '--lr 1e-5': "
         "they stand behind the method's name in the tables")
     add("--regrade", action="store_true", help="grade the samples of a table's rows again")
@@ -270,7 +271,8 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder, "lock of real.py")  # noqa: F841, until the process ends
     rows = read_table(args.csv)
-    args.tests = [name for name in TESTS if name != "humaneval" or args.allow_code_execution]
+    if not args.allow_code_execution:
+        args.tests = [name for name in args.tests if name != "humaneval"]
     args.sets = [name for name in SETS if name in ("asdiv", *args.tests)]
 
     def measure_all(name, run="", methods=BASE, seeds=(1,), more=()):
@@ -291,8 +293,8 @@ def main(argv=None):
     if args.table == "training":
         for seed, name, method in itertools.product(seeds, args.train, args.runs):
             run = f"{method} {args.flags}".strip() + f", {name}, {seed}"
-            tested = [key for key in rows if key[:2] == (args.name, run)]
-            if args.regrade or len(tested) < len(args.tests) * len(BASE):
+            wanted = itertools.product([args.name], [run], args.tests, BASE, ["1"])
+            if args.regrade or not rows.keys() >= set(wanted):
                 more = train(run, method, name, seed, folder, args)
                 for test in args.tests:
                     measure_all(test, run, more=more)

@@ -101,7 +101,7 @@ def test_prompts_of_a_test_are_not_trained_on_in_whatever_form():
     assert real.apart(training, tests) == training[2:]
 
 
-def test_only_the_sets_that_are_named_are_trained_on(tmp_path, monkeypatch):
+def test_only_what_is_named_and_missing_is_trained(tmp_path, monkeypatch):
     trained = []
     monkeypatch.setattr(real, "train", lambda run, *_: trained.append(run))
     monkeypatch.setattr(real, "problems_of", lambda *_: [])
@@ -111,9 +111,18 @@ def test_only_the_sets_that_are_named_are_trained_on(tmp_path, monkeypatch):
     real.main(flags)
     assert trained == ["EM-FT, gsm8k-train, 1", "majority, gsm8k-train, 1"]
     real.main([*flags, "--flags", "--lr 1e-5"])
-    assert trained[2] == "EM-FT --lr 1e-5, gsm8k-train, 1"
+    assert trained.pop() == "majority --lr 1e-5, gsm8k-train, 1"
+    assert trained.pop() == "EM-FT --lr 1e-5, gsm8k-train, 1"
+    some = [row(method, "1", run=run) for run in trained for method in real_tables.BASE]
+    table = {real_tables.key_of(one): one | dict(model="M") for one in some}
+    real.write_table(tmp_path / "done.csv", table)
+    flags += ["--name", "M", "--csv", str(tmp_path / "done.csv")]
+    real.main([*flags, "--tests", "svamp"])  # all are there
+    assert len(trained) == 2
+    real.main([*flags, "--tests", "gsm8k"])
+    assert len(trained) == 4
     with pytest.raises(SystemExit):
-        real.main([*flags[:-1], "gsm8k"])
+        real.main([*flags, "--train", "gsm8k"])
 
 
 def row(method, right, n=1, seed=1, run="", **more):
