@@ -60,7 +60,8 @@ def em_ft_objective(entropy, mask, num_tokens):
 
 
 def em_inf_step(logits, m, v, step, lr=0.1, delta=0.3):
-    z = logits.detach().clone().requires_grad_()
+    logits = logits.detach()
+    z = logits.clone().requires_grad_()
     entropy = token_entropy(z)
     (g,) = torch.autograd.grad(entropy.sum(), z)
     m = 0.9 * m + 0.1 * g
@@ -131,6 +132,8 @@ MISTAKES = {
     "EM-FT's sign": ("em_ft_objective", "-(entropy", "(entropy", "sign is wrong"),
     "delta": ("em_inf_step", "< delta", "< 0", "under delta has moved"),
     "no bias correction": ("em_inf_step", "m / (1 - 0.9**step)", "m", "bias is not corrected"),
+    "a gradient through EM-INF": ("em_inf_step", "logits = logits.detach()", "", "a gradient flows"),
+    "in place": ("em_inf_step", "m = 0.9 * m + 0.1 * g", "m.mul_(0.9).add_(0.1 * g)", "in place"),
     "float32": ("token_reward", "(-entropy.", "(-entropy.float().", "keep their dtype"),
     "nothing returned": ("rloo_advantage", "return rewards - others", "pass", "NoneType"),
     "a shape": ("rloo_advantage", "rewards - others", "(rewards - others).flatten()", "shape is"),

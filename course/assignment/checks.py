@@ -172,7 +172,10 @@ def check_em_inf_step(function):
             entropy.backward()
             if entropy >= 0.3:
                 adam.step()
-        want, result = torch.stack(rows).detach(), function(z.clone(), m.clone(), v.clone(), step)
+        want, given = torch.stack(rows).detach(), (z.clone().requires_grad_(), m.clone(), v.clone())
+        result = function(*given, step)
+        refuse(not all(map(torch.equal, given, (z, m, v))), "It changes logits, m or v in place. "
+               "Return new ones.")
         refuse(type(result) is not tuple or len(result) != 3, "Return three: logits, m and v.")
         low = Categorical(logits=z).entropy() < 0.3
         moved = tensor(result[0]) - z
