@@ -136,7 +136,7 @@ def draw_training(curves, labels, path):
             axis.plot(steps, values[name], color=color, linestyle=line, marker=marker, label=run,
                       markersize=3)
         axis.set(xlabel="step", ylabel=label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3,
                   frameon=False, fontsize=9)

@@ -89,6 +89,7 @@ def row_of(samples, problems, allow_code):
     row = {name: numbers[name] for name in "accuracy low high truncated entropy length".split()}
     row |= dict(boxed=numbers["answered"], commit=samples[0]["commit"])
     if samples[0]["answer"]:
+        row["formulas"] = np.mean([text.count("\\[") for text in texts])  # on lines of their own
         row["last_number"] = np.mean([right_by_last_number(sample) for sample in samples])
     row["flops"] = numbers["flops"] / len(samples)  # of an answer
     drawn = [sample for sample in samples if sample.get("sharpened") is not None]
@@ -200,13 +201,14 @@ def apart(training, tests):
 
 
 def print_examples(rows, run, name, folder, args):
-    """Greedy answers before and after a run: of each kind of change, the first in the set."""
+    """Greedy answers before and after a run, as Markdown: the first that it mended, the first that
+    it broke and the first other one that is right both times."""
     answers = []
     for who in "", run:
         right = rows[args.name, who, name, "greedy", "1"]["right"].split()
         samples = read_jsonl(folder / f"{who} {name} greedy 1 x {args.tokens}, 1.jsonl".strip())
         answers.append(list(zip(samples, right)))
-    shown = set()
+    shown = {("0", "0")}
     for (before, was), (after, is_now) in zip(*answers):
         if (was, is_now) in shown or before["response"] == after["response"]:
             continue
@@ -214,9 +216,8 @@ def print_examples(rows, run, name, folder, args):
         print(f"{before['id']}; the answer is {before['answer']}.\n")
         for when, sample, right in ("Before", before, was), ("After", after, is_now):
             word = "right" if right == "1" else "wrong"
-            quoted = sample["response"].strip().replace("\n", "\n> ")
             print(f"{when} {run}: {word}, {sample['length']} tokens, {sample['entropy']:.3f} nats "
-                  f"a token.\n\n> {quoted}\n")
+                  f"a token.\n\n```text\n{sample['response'].strip()}\n```\n")
 
 
 # ------------------------------------------------------------------------------ the command

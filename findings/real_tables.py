@@ -41,7 +41,7 @@ CLAIMS = [  # (a, b, the claim that a is right more often than b)
 ]
 KEY = "model run set method seed".split()
 COLUMNS = KEY + (
-    "problems n tokens accuracy low high last_number boxed truncated entropy length flops "
+    "problems n tokens accuracy low high last_number boxed truncated formulas entropy length flops "
     "sharpened majority passed token token_low token_high token_auroc sequence sequence_low "
     "sequence_high sequence_auroc steps kl minutes entropy_by_step length_by_step "
     "truncated_by_step commit right"
@@ -51,8 +51,8 @@ CURVES = {  # of the responses that were trained on
     "length": "length, tokens",
     "truncated": "share that is cut",
 }
-FORMS = dict(entropy=".3f", length=".0f", flops=".2f", kl=".2f", minutes=".0f", steps=".0f",
-             token_auroc=".2f", sequence_auroc=".2f")  # all others are shares
+FORMS = dict(entropy=".3f", length=".0f", formulas=".1f", flops=".2f", kl=".1f", minutes=".0f",
+             steps=".0f", token_auroc=".2f", sequence_auroc=".2f")  # all others are shares
 
 # -------------------------------------------------------------------------------- the CSV
 
@@ -62,11 +62,12 @@ def key_of(row):
 
 
 def read_table(path):
-    """{key: row}; a row is a dict of strings."""
+    """{key: row}; a row is a dict of strings. A column that an older table lacks is empty."""
     if not path.exists():
         return {}
+    empty = dict.fromkeys(COLUMNS, "")
     with path.open(newline="", encoding="utf-8") as file:
-        return {key_of(row): row for row in csv.DictReader(file)}
+        return {key_of(row): empty | row for row in csv.DictReader(file)}
 
 
 def write_table(path, rows):
@@ -206,7 +207,7 @@ def list_of_claims(rows, model, name):
 
 def training_table(rows, model, name):
     head = "run; trained on; seeds; greedy; gain, points; by the last number; T = 1; gain, points; "
-    head += "by the last number; pass@4; entropy, nats; tokens; cut; in a box; "
+    head += "by the last number; pass@4; entropy, nats; tokens; cut; in a box; formulas; "
     head += "KL, nats a response; steps; minutes"
     base = tested(rows, model, name)
     lines = []
@@ -219,7 +220,7 @@ def training_table(rows, model, name):
         for before, after in zip(base, found):
             gained = points(gain(before, after)) if run else ""
             line += [shown(after, "accuracy"), gained, shown(after, "last_number")]
-        for column in "passed entropy length truncated boxed kl steps minutes".split():
+        for column in "passed entropy length truncated boxed formulas kl steps minutes".split():
             line.append(shown(found[1], column))
         lines.append(line)
     return table(head, lines)
@@ -264,7 +265,7 @@ def curves_of(rows, model):
     """{run: {curve: its value at each step}} of the trained models."""
     curves = {}
     for key, row in rows.items():
-        if key[0] == model and row.get("entropy_by_step"):
+        if key[0] == model and row["entropy_by_step"]:
             by_step = {name: row[f"{name}_by_step"].split() for name in CURVES}
             curves[key[1]] = {name: np.array(some, float) for name, some in by_step.items()}
     return curves

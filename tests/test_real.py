@@ -74,7 +74,7 @@ def test_a_row_of_the_csv_is_not_measured_again_unless_settings_differ(tmp_path)
     rows = {}
     real.measure(rows, key, problems, 1, tmp_path, args)
     there = real_tables.read_table(args.csv)
-    assert there == rows and rows[key]["problems"] == "4"
+    assert there == rows and rows[key]["problems"] == "4" and rows[key]["formulas"] == "0"
     args.model = "no such model"
     real.measure(there, key, problems, 1, tmp_path / "nowhere", args)
     with pytest.raises(UserError, match="no such model"):
@@ -186,7 +186,7 @@ def test_examples_are_the_first_of_each_kind_of_change(tmp_path, capsys):
     for who, right in rights.items():
         rows[MODEL, who, "svamp", "greedy", "1"] = {"right": right}
         lines = []
-        for i in range(4):
+        for i in range(5):
             text = "the same" if i == 3 else f"{who}\n{i}"
             lines.append(dict(id=f"id-{i}", answer="7", response=text, length=3, entropy=0.5))
         path = tmp_path / f"{who} svamp greedy 1 x 12, 1.jsonl".strip()
@@ -194,4 +194,4 @@ def test_examples_are_the_first_of_each_kind_of_change(tmp_path, capsys):
     real.print_examples(rows, run, "svamp", tmp_path, settings(name=MODEL))
     printed = capsys.readouterr().out
     assert re.findall(r"id-\d", printed) == ["id-0", "id-2"]
-    assert f"After {run}: right, 3 tokens, 0.500 nats a token.\n\n> {run}\n> 0\n" in printed
+    assert f"After {run}: right, 3 tokens, 0.500 nats a token.\n\n```text\n{run}\n0\n```" in printed
