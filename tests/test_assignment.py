@@ -132,7 +132,7 @@ MISTAKES = {
     "EM-FT's sign": ("em_ft_objective", "-(entropy", "(entropy", "sign is wrong"),
     "delta": ("em_inf_step", "< delta", "< 0", "under delta has moved"),
     "no bias correction": ("em_inf_step", "m / (1 - 0.9**step)", "m", "bias is not corrected"),
-    "a gradient through EM-INF": ("em_inf_step", "logits = logits.detach()", "", "a gradient flows"),
+    "a gradient in EM-INF": ("em_inf_step", "logits = logits.detach()", "", "a gradient flows"),
     "in place": ("em_inf_step", "m = 0.9 * m + 0.1 * g", "m.mul_(0.9).add_(0.1 * g)", "in place"),
     "float32": ("token_reward", "(-entropy.", "(-entropy.float().", "keep their dtype"),
     "nothing returned": ("rloo_advantage", "return rewards - others", "pass", "NoneType"),
