@@ -89,6 +89,8 @@ def row_of(samples, problems, allow_code):
     row = {name: numbers[name] for name in "accuracy low high truncated entropy length".split()}
     row |= dict(boxed=numbers["answered"], commit=samples[0]["commit"])
     if samples[0]["answer"]:
+        pairs = zip(samples, asked)
+        row["added"] = np.mean([wrong_by_adding(one, task["prompt"]) for one, task in pairs])
         row["formulas"] = np.mean([text.count("\\[") for text in texts])  # on lines of their own
         row["last_number"] = np.mean([right_by_last_number(sample) for sample in samples])
     row["flops"] = numbers["flops"] / len(samples)  # of an answer
@@ -107,10 +109,22 @@ def row_of(samples, problems, allow_code):
     return row
 
 
+def numbers_in(text):
+    return [number.replace(",", "") for number in re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)]
+
+
 def right_by_last_number(sample):
     """Is the last number of a response the answer, whether it stands in a box or not?"""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", sample["response"])
-    return bool(numbers) and same_answer(sample["answer"], numbers[-1].rstrip(","))
+    numbers = numbers_in(sample["response"])
+    return bool(numbers) and same_answer(sample["answer"], numbers[-1])
+
+
+def wrong_by_adding(sample, prompt):
+    """Is the last number of a response wrong, and a sum of two or of all numbers of the prompt?"""
+    numbers = [float(number) for number in numbers_in(prompt)]
+    sums = {a + b for a, b in itertools.combinations(numbers, 2)} | {sum(numbers)}
+    last = numbers_in(sample["response"])[-1:]
+    return not right_by_last_number(sample) and any(float(number) in sums for number in last)
 
 
 # ------------------------------------------------------------------------------- measuring

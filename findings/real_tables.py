@@ -41,9 +41,9 @@ CLAIMS = [  # (a, b, the claim that a is right more often than b)
 ]
 KEY = "model run set method seed".split()
 COLUMNS = KEY + (
-    "problems n tokens accuracy low high last_number boxed truncated formulas entropy length flops "
-    "sharpened majority passed token token_low token_high token_auroc sequence sequence_low "
-    "sequence_high sequence_auroc steps kl minutes entropy_by_step length_by_step "
+    "problems n tokens accuracy low high last_number added boxed truncated formulas entropy "
+    "length flops sharpened majority passed token token_low token_high token_auroc sequence "
+    "sequence_low sequence_high sequence_auroc steps kl minutes entropy_by_step length_by_step "
     "truncated_by_step commit right"
 ).split()
 CURVES = {  # of the responses that were trained on
@@ -207,8 +207,8 @@ def list_of_claims(rows, model, name):
 
 def training_table(rows, model, name):
     head = "run; trained on; seeds; greedy; gain, points; by the last number; T = 1; gain, points; "
-    head += "by the last number; pass@4; entropy, nats; tokens; cut; in a box; formulas; "
-    head += "KL, nats a response; steps; minutes"
+    head += "by the last number; wrong by adding; pass@4; entropy, nats; tokens; cut; in a box; "
+    head += "formulas; KL, nats a response; steps; minutes"
     base = tested(rows, model, name)
     lines = []
     for run in ["", *runs_of(rows, model)]:
@@ -220,8 +220,8 @@ def training_table(rows, model, name):
         for before, after in zip(base, found):
             gained = points(gain(before, after)) if run else ""
             line += [shown(after, "accuracy"), gained, shown(after, "last_number")]
-        for column in "passed entropy length truncated boxed formulas kl steps minutes".split():
-            line.append(shown(found[1], column))
+        columns = "added passed entropy length truncated boxed formulas kl steps minutes"
+        line += [shown(found[1], column) for column in columns.split()]
         lines.append(line)
     return table(head, lines)
 

@@ -93,6 +93,18 @@ def test_the_last_number_counts_with_and_without_a_box(response, right):
     assert real.right_by_last_number({"response": response, "answer": "1200"}) == right
 
 
+@pytest.mark.parametrize("response, wrong", [
+    ("30 + 11 = \\boxed{41}", True),
+    ("30 + 11 + 2 is 43", True),  # all numbers
+    ("30 - 11 = \\boxed{19}", False),  # right
+    ("30 - 11 = \\boxed{20}", False),
+    ("none", False),
+])
+def test_a_wrong_answer_may_be_a_sum_of_numbers_of_the_problem(response, wrong):
+    prompt = "He picked 11 of 30 pounds in 2 hours. What about the others?"
+    assert real.wrong_by_adding({"response": response, "answer": "19"}, prompt) == wrong
+
+
 def test_prompts_of_a_test_are_not_trained_on_in_whatever_form():
     tests = [[{"prompt": "Ann has 2 apples. How many?"}], [{"prompt": "Bob?"}]]
     training = [{"prompt": prompt} for prompt in (
