@@ -103,6 +103,8 @@ def test_the_last_number_counts_with_and_without_a_box(response, right):
 def test_a_wrong_answer_may_be_a_sum_of_numbers_of_the_problem(response, wrong):
     prompt = "He picked 11 of 30 pounds in 2 hours. What about the others?"
     assert real.wrong_by_adding({"response": response, "answer": "19"}, prompt) == wrong
+    assert real.wrong_by_adding({"response": "0.3", "answer": "1"}, "0.1 and 0.2")
+    assert not real.wrong_by_adding({"response": "0.3", "answer": "0.3"}, "0.1 and 0.2")
 
 
 def test_prompts_of_a_test_are_not_trained_on_in_whatever_form():
@@ -135,6 +137,28 @@ def test_only_what_is_named_and_missing_is_trained(tmp_path, monkeypatch):
     assert len(trained) == 4
     with pytest.raises(SystemExit):
         real.main([*flags, "--train", "gsm8k"])
+
+
+def test_what_is_trained_on_has_no_prompt_of_any_test(tmp_path, monkeypatch):
+    """Guards against a run that is tested on one set first, and on another one later."""
+    def problems_of(name, _):
+        prompts = ["Of asdiv?", "Of gsm8k?"] if name == "asdiv" else [f"Of {name}?"]
+        return [dict(prompt=prompt) for prompt in prompts]
+
+    metrics = [dict(step=step, seconds=60, entropy=0.5, length=2, truncated=0) for step in (0, 1)]
+    monkeypatch.setattr(real, "problems_of", problems_of)
+    monkeypatch.setattr(real, "execute", lambda *_: None)
+    monkeypatch.setattr(real, "read_rows", lambda _: metrics)
+    args = settings(tests=["svamp"], prompts=1, steps=1, flags="")
+    more = real.train("run", "EM-FT", "asdiv", 1, tmp_path, args)
+    assert (tmp_path / "asdiv.jsonl").read_text() == '{"prompt": "Of asdiv?"}\n'
+    assert (more["minutes"], more["entropy_by_step"]) == ("1.0", "0.5")
+
+
+def test_a_table_of_an_older_version_lacks_columns(tmp_path):
+    (tmp_path / "old.csv").write_text("model,run,set,method,seed,n\nM,,svamp,greedy,1,1\n")
+    (old,) = real_tables.read_table(tmp_path / "old.csv").values()
+    assert list(old) == real_tables.COLUMNS and old["n"] == "1" and old["formulas"] == ""
 
 
 def row(method, right, n=1, seed=1, run="", **more):
@@ -171,15 +195,18 @@ def test_the_seeds_of_a_trained_run_are_one_line():
                  row("sample@1", right, n=4, run=run, kl="0.5", **curves)]
     faster = "EM-RL token --lr 1e-5, asdiv, 1"  # a flag more than those of RUNS
     some += [row("greedy", "0 0", run=faster), row("sample@1", "0 0", n=4, run=faster)]
+    summed = "EM-RL token --reward-norm sum, asdiv, 1"
+    some += [row("greedy", "0 0", run=summed), row("sample@1", "0 0", n=4, run=summed)]
     rows = {real_tables.key_of(one): one for one in some}
     lines = real_tables.training_table(rows, MODEL, "svamp").splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == [
-        "| base", "| EM-RL token", "| EM-RL token --lr 1e-5",
+        "| base", "| EM-RL token", "| EM-RL token --lr 1e-5", "| EM-RL token --reward-norm sum",
     ]
     assert lines[1].startswith("| EM-RL token | asdiv | 2 | 100.0% | +50.0 (")
     assert "| 75.0% | +25.0 (" in lines[1] and lines[2].count("| -50.0 (") == 2
     outcome = real_tables.outcome_table(rows, MODEL)
     assert "| EM-RL token, asdiv: svamp | +2.0 (+1.0 to +3.0) | +25.0 (" in outcome
+    assert "--lr 1e-5" in outcome and "--reward-norm" not in outcome  # a sum is not foretold
     assert real_tables.training_table(rows, MODEL, "gsm8k") == "Not measured yet."
     curves = real_tables.curves_of(rows, MODEL)
     assert list(curves) == ["EM-RL token, asdiv, 1", "EM-RL token, asdiv, 2"]
