@@ -1,5 +1,8 @@
 """
 What real.py measures, and the tables of real.md, filled from the rows of real.csv.
+
+`rows` is all that the CSV has, {key: row}. What one method did on one set is `measured`: a list
+with a row for each seed.
 """
 import csv
 import io
@@ -78,20 +81,20 @@ def write_table(path, rows):
     replace_file(path, text.getvalue())
 
 
-# --------------------------------------------------------------------- numbers of some rows
+# --------------------------------------------------------------------- numbers of a method
 
 
 def find(rows, model, run, name, method):
     """The rows of all seeds. A run is "METHOD, TRAINING SET", or "" for the base model."""
-    fits = []
+    measured = []
     for key, row in rows.items():
         if (key[0], key[1].rpartition(", ")[0], key[2], key[3]) == (model, run, name, method):
-            fits.append(row)
-    return fits
+            measured.append(row)
+    return measured
 
 
 def tested(rows, model, name, run=""):
-    """The rows of a run on a set: (greedy, at T = 1)."""
+    """What a run did on a set: [greedy, at T = 1]."""
     return [find(rows, model, run, name, method) for method in BASE]
 
 
@@ -102,40 +105,40 @@ def runs_of(rows, model):
     return list(dict.fromkeys(planned + others))
 
 
-def mean(rows, column):
-    values = [float(row[column]) for row in rows if row[column]]
+def mean(measured, column):
+    values = [float(row[column]) for row in measured if row[column]]
     return np.mean(values) if values else np.nan
 
 
-def foretold(rows, reward):
+def foretold(measured, reward):
     """(change, low, high) of accuracy at T = 1 in the first 0.1 nats of KL: shares."""
-    return [mean(rows, f"{reward}{end}") for end in ("", "_low", "_high")]
+    return [mean(measured, f"{reward}{end}") for end in ("", "_low", "_high")]
 
 
-def shown(rows, column):
-    value = mean(rows, column)
+def shown(measured, column):
+    value = mean(measured, column)
     return "" if np.isnan(value) else f"{value:{FORMS.get(column, '.1%')}}"
 
 
-def shares(rows):
+def shares(measured):
     """Of each problem, the share of its answers in all seeds that are right."""
     by_seed = []
-    for row in rows:
+    for row in measured:
         by_seed.append([int(count) / int(row["n"]) for count in row["right"].split()])
     return np.mean(by_seed, axis=0)
 
 
 def gain(a, b):
-    """(b's accuracy - a's, low, high): paired, of the problems that both sets of rows have."""
+    """(b's accuracy - a's, low, high): paired, of the problems that both were asked."""
     a, b = shares(a), shares(b)
-    both = min(len(a), len(b))  # the first of a set, always
+    both = min(len(a), len(b))  # every row has the first problems of its set
     return paired_interval(a[:both], b[:both])
 
 
-def accuracy(rows):
+def accuracy(measured):
     """Accuracy and its 95 % interval over problems, in two cells."""
-    low, high = accuracy_interval(mean(rows, "accuracy"), int(rows[0]["problems"]))
-    return [shown(rows, "accuracy"), f"{low:.1%} to {high:.1%}"]
+    low, high = accuracy_interval(mean(measured, "accuracy"), int(measured[0]["problems"]))
+    return [shown(measured, "accuracy"), f"{low:.1%} to {high:.1%}"]
 
 
 def points(difference):
@@ -179,15 +182,15 @@ def decoding_table(rows, model, name):
     greedy, sampled = tested(rows, model, name)
     lines = []
     for method in [*BASE, *DECODERS]:
-        some = find(rows, model, "", name, method)
-        if not some:
+        measured = find(rows, model, "", name, method)
+        if not measured:
             continue
-        line = [method, f"{len(some)} x {some[0]['n']}", *accuracy(some)]
-        line.append(points(gain(sampled, some)) if sampled and method != "sample@1" else "")
+        line = [method, f"{len(measured)} x {measured[0]['n']}", *accuracy(measured)]
+        line.append(points(gain(sampled, measured)) if sampled and method != "sample@1" else "")
         for column in "last_number boxed truncated entropy length".split():
-            line.append(shown(some, column))
-        line.append(f"{mean(some, 'flops') / mean(greedy, 'flops'):.2f}" if greedy else "")
-        lines.append([*line, shown(some, "sharpened")])
+            line.append(shown(measured, column))
+        line.append(f"{mean(measured, 'flops') / mean(greedy, 'flops'):.2f}" if greedy else "")
+        lines.append([*line, shown(measured, "sharpened")])
     return table(head, lines)
 
 
@@ -205,24 +208,51 @@ def list_of_claims(rows, model, name):
     return "\n".join(lines)
 
 
+def tests_of(rows, model, name):
+    """[(run, what it did on a set)] of the base model, "", and of each trained one."""
+    runs = [(run, tested(rows, model, name, run)) for run in ["", *runs_of(rows, model)]]
+    return [(run, measured) for run, measured in runs if all(measured)]
+
+
 def training_table(rows, model, name):
-    head = "run; trained on; seeds; greedy; gain, points; by the last number; T = 1; gain, points; "
-    head += "by the last number; wrong by adding; pass@4; entropy, nats; tokens; cut; in a box; "
-    head += "formulas; KL, nats a response; steps; minutes"
+    head = "run; trained on; seeds; greedy; gain, points; T = 1; gain, points; pass@4; "
+    head += "entropy, nats; KL, nats a response; steps; minutes"
     base = tested(rows, model, name)
     lines = []
-    for run in ["", *runs_of(rows, model)]:
-        found = tested(rows, model, name, run)
-        if not all(found) or not all(base):
-            continue
+    for run, measured in tests_of(rows, model, name) if all(base) else []:
         method, _, train = run.partition(", ")
-        line = [method or "base", train, str(len(found[0]))]
-        for before, after in zip(base, found):
-            gained = points(gain(before, after)) if run else ""
-            line += [shown(after, "accuracy"), gained, shown(after, "last_number")]
-        columns = "added passed entropy length truncated boxed formulas kl steps minutes"
-        line += [shown(found[1], column) for column in columns.split()]
-        lines.append(line)
+        line = [method or "base", train, str(len(measured[0]))]
+        for before, after in zip(base, measured):
+            line += [shown(after, "accuracy"), points(gain(before, after)) if run else ""]
+        columns = "passed entropy kl steps minutes"
+        lines.append(line + [shown(measured[1], column) for column in columns.split()])
+    return table(head, lines)
+
+
+def answers_table(rows, model, name):
+    head = "run; trained on; greedy, by the last number; T = 1, by the last number; "
+    head += "wrong by adding; in a box; cut; tokens; formulas"
+    lines = []
+    for run, (greedy, sampled) in tests_of(rows, model, name):
+        method, _, train = run.partition(", ")
+        line = [method or "base", train, shown(greedy, "last_number")]
+        columns = "last_number added boxed truncated length formulas"
+        lines.append(line + [shown(sampled, column) for column in columns.split()])
+    return table(head, lines)
+
+
+def controls_table(rows, model, name):
+    """Each run against each control that saw the same prompts: gains, paired."""
+    head = "run; control; trained on; greedy, points; T = 1, points"
+    trained = tests_of(rows, model, name)[1:]
+    controls = [pair for pair in trained if pair[0].startswith("control: ")]
+    others = [pair for pair in trained if pair not in controls]
+    lines = []
+    for (run, measured), (control, theirs) in itertools.product(others, controls):
+        (method, _, train), (other, _, same) = run.partition(", "), control.partition(", ")
+        if train == same:
+            gains = [points(gain(*pair)) for pair in zip(theirs, measured)]
+            lines.append([method, other, train, *gains])
     return table(head, lines)
 
 
@@ -238,16 +268,16 @@ def outcome_table(rows, model):
             ("em-inf@1", mean(greedy, "accuracy")),
             ("self-consistency@1", mean(sampled, "majority")),
         ]:
-            some = find(rows, model, "", name, method)
-            if some:
+            measured = find(rows, model, "", name, method)
+            if measured:
                 forecast = f"{100 * (expected - mean(sampled, 'accuracy')):+.1f}"
-                lines.append([f"{method}, {name}", forecast, points(gain(sampled, some)), ""])
+                lines.append([f"{method}, {name}", forecast, points(gain(sampled, measured)), ""])
         for run in runs_of(rows, model):
-            some = find(rows, model, run, name, "sample@1")
-            if some and run.startswith("EM-RL") and not re.search("exact|--reward-norm", run):
+            measured = find(rows, model, run, name, "sample@1")
+            if measured and run.startswith("EM-RL") and not re.search("exact|--reward-norm", run):
                 forecast = points(foretold(sampled, "sequence" if "sequence" in run else "token"))
-                found = points(gain(sampled, some))
-                lines.append([f"{run}: {name}", forecast, found, shown(some, "kl")])
+                outcome = points(gain(sampled, measured))
+                lines.append([f"{run}: {name}", forecast, outcome, shown(measured, "kl")])
     head = "method and set; forecast, points; outcome, points; KL, nats a response"
     return table(head, lines)
 
@@ -277,6 +307,8 @@ TABLES = {
     "decoding": decoding_table,
     "claims": list_of_claims,
     "training": training_table,
+    "answers": answers_table,
+    "controls": controls_table,
     "outcome": outcome_table,
     "missing": list_of_missing,
 }

@@ -204,6 +204,9 @@ def test_the_seeds_of_a_trained_run_are_one_line():
     ]
     assert lines[1].startswith("| EM-RL token | asdiv | 2 | 100.0% | +50.0 (")
     assert "| 75.0% | +25.0 (" in lines[1] and lines[2].count("| -50.0 (") == 2
+    answers = real_tables.answers_table(rows, MODEL, "svamp").splitlines()[2:]
+    assert [line.split(" | ")[0] for line in answers] == [line.split(" | ")[0] for line in lines]
+    assert real_tables.controls_table(rows, MODEL, "svamp") == "Not measured yet."
     outcome = real_tables.outcome_table(rows, MODEL)
     assert "| EM-RL token, asdiv: svamp | +2.0 (+1.0 to +3.0) | +25.0 (" in outcome
     assert "--lr 1e-5" in outcome and "--reward-norm" not in outcome  # a sum is not foretold
@@ -211,6 +214,25 @@ def test_the_seeds_of_a_trained_run_are_one_line():
     curves = real_tables.curves_of(rows, MODEL)
     assert list(curves) == ["EM-RL token, asdiv, 1", "EM-RL token, asdiv, 2"]
     assert list(curves["EM-RL token, asdiv, 2"]["length"]) == [0.5, 0.25]
+
+
+def test_a_run_is_compared_with_the_controls_that_saw_its_prompts():
+    some = [row(method, "1 1 0 0") for method in real_tables.BASE]
+    rights = {
+        "EM-FT, asdiv, 1": "1 1 1 1", "control: random, asdiv, 1": "1 1 1 0",
+        "control: format, asdiv, 1": "0 0 0 0", "majority, gsm8k-train, 1": "1 1 1 1",
+        "control: random, gsm8k-train, 1": "1 1 1 1",
+    }
+    for run, right in rights.items():
+        some += [row(method, right, run=run) for method in real_tables.BASE]
+    rows = {real_tables.key_of(one): one for one in some}
+    lines = real_tables.controls_table(rows, MODEL, "svamp").splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| EM-FT", "control: random"], ["| EM-FT", "control: format"],
+        ["| majority", "control: random"],
+    ]
+    assert lines[0].count("| +25.0 (") == 2 and lines[1].count("| +100.0 (") == 2
+    assert lines[2].count("| +0.0 (") == 2
 
 
 def test_a_figure_has_a_line_for_each_run(tmp_path):
