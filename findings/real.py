@@ -37,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from figures import draw_training
 from jobs import Job, execute
 from real_tables import (
-    BASE,
     COLUMNS,
     CURVES,
     DECODERS,
     KEY,
+    PLAIN,
     RUNS,
     SETS,
     TESTS,
@@ -71,7 +71,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FULL = dict(problems=100, n=4, tokens=512, seeds=2, prompts=8, steps=20)
 GPU = FULL | dict(seeds=3, prompts=64, steps=40)  # 64 x 4 responses take seconds there
 QUICK = dict(problems=2, n=2, tokens=16, seeds=1, prompts=2, steps=1)
-WORLD = "--lr 5e-6 --max-new-tokens 256 --budget 4096 --rollout-batch 64 --val none"
+COMMON = "--lr 5e-6 --max-new-tokens 256 --budget 4096 --rollout-batch 64 --val none"
 
 # ------------------------------------------------------------------------------- the rows
 
@@ -98,7 +98,7 @@ def row_of(samples, problems, allow_code):
     if drawn:
         row["sharpened"] = np.mean([sample["sharpened"] for sample in drawn])
     if numbers["n"] > 1:
-        found = diagnosis(samples, samples)
+        found = diagnosis(samples, samples)  # its column of greedy answers is not used
         row |= {"majority": found["majority"], "passed": found["passed"]}
         for reward in CONFIDENCE:
             told = found["rewards"][reward]
@@ -160,13 +160,14 @@ def samples_of(key, folder, problems, n, args):
         settings = dict(
             seed=drawn, batch_size=args.rollout_batch, allow_code=args.allow_code_execution
         )
-        if (scheme, sharpener) in (("greedy", None), ("sample", None)):
+        if sharpener is None and scheme in ("greedy", "sample"):
             new = evaluate(*model, some, temperature, args.tokens, n=n, **settings)
             share = None
         else:
             used = {"em-inf": EMInf(), "adaptive-temperature": AdaptiveTemperature()}
             new = decode_and_grade(*model, some, method, args.tokens, sharpeners=used, **settings)
             share = used[sharpener].changed / used[sharpener].rows if sharpener else None
+        # batches drew with other seeds, but are samples of one row: scores.py goes by "seed"
         samples += [sample | dict(seed=1, sharpened=share, commit=commit()) for sample in new]
         replace_file(path, "".join(json.dumps(sample) + "\n" for sample in samples))
     return samples
@@ -185,18 +186,18 @@ def measure(rows, key, problems, n, folder, args, more=()):
 
 
 def train(run, method, name, seed, folder, args):
-    """Train a model on the prompts of a set, without those that a test has, unless that is done:
-    what its metrics say."""
+    """Train a model on the prompts of a set, without those that a test has, unless that is done.
+    Returns what its metrics say: columns of real.csv."""
     file = folder / f"{name}.jsonl"
     problems = apart(problems_of(name, args), [problems_of(test, args) for test in TESTS])
     replace_file(file, "".join(json.dumps(problem) + "\n" for problem in problems))
-    flags = f"{RUNS[method]} {WORLD} --prompts {args.prompts} --steps {args.steps} --seed {seed}"
-    script, *flags = f"{flags} {args.flags}".split()
-    command = [str(ROOT / script), *flags, "--model", args.model, "--data", str(file)]
+    flags = f"{RUNS[method]} {COMMON} --prompts {args.prompts} --steps {args.steps} --seed {seed}"
+    script, *flags = f"{flags} {args.flags}".split()  # of a flag given twice, the last counts
+    words = [str(ROOT / script), *flags, "--model", args.model, "--data", str(file)]
     if args.dtype:
-        command += ["--dtype", args.dtype]
-    execute([Job(folder / run, command, (), os.cpu_count())], 1, folder)
-    metrics = read_rows(folder / run / "metrics.csv")[1:]
+        words += ["--dtype", args.dtype]
+    execute([Job(folder / run, words, after=(), threads=os.cpu_count())], 1, folder)
+    metrics = read_rows(folder / run / "metrics.csv")[1:]  # step 0 has none
     minutes = sum(row["seconds"] for row in metrics) / 60
     more = dict(steps=metrics[-1]["step"], minutes=f"{minutes:.1f}")
     if "kl" in metrics[-1]:
@@ -224,7 +225,7 @@ def print_examples(rows, run, name, folder, args):
         right = rows[args.name, who, name, "greedy", "1"]["right"].split()
         samples = read_jsonl(folder / f"{who} {name} greedy 1 x {args.tokens}, 1.jsonl".strip())
         answers.append(list(zip(samples, right)))
-    shown = {("0", "0")}
+    shown = {("0", "0")}  # wrong both times: not shown
     for (before, was), (after, is_now) in zip(*answers):
         if (was, is_now) in shown or before["response"] == after["response"]:
             continue
@@ -292,7 +293,7 @@ def main(argv=None):
         args.tests = [name for name in args.tests if name != "humaneval"]
     args.sets = [name for name in SETS if name in ("asdiv", *args.tests)]
 
-    def measure_all(name, run="", methods=BASE, seeds=(1,), more=()):
+    def measure_all(name, run="", methods=PLAIN, seeds=(1,), more=()):
         problems = problems_of(name, args)[: args.problems]
         for method, seed in itertools.product(methods, seeds):
             n = args.n if method == "sample@1" else 1
@@ -310,7 +311,7 @@ def main(argv=None):
     if args.table == "training":
         for seed, name, method in itertools.product(seeds, args.train, args.runs):
             run = f"{method} {args.flags}".strip() + f", {name}, {seed}"
-            wanted = itertools.product([args.name], [run], args.tests, BASE, ["1"])
+            wanted = itertools.product([args.name], [run], args.tests, PLAIN, ["1"])
             if args.regrade or not rows.keys() >= set(wanted):
                 more = train(run, method, name, seed, folder, args)
                 for test in args.tests:

@@ -18,7 +18,7 @@ from tasks.scores import CONFIDENCE, accuracy_interval, paired_interval
 SETS = "svamp", "gsm8k", "asdiv", "humaneval"  # what is forecast
 TESTS = "svamp", "gsm8k", "humaneval"  # what is decoded, and what the trained models are tested on
 TRAIN = "asdiv", "gsm8k-train"  # prompts to train on
-BASE = "greedy", "sample@1"
+PLAIN = "greedy", "sample@1"  # measured of every model, trained or not
 DECODERS = (
     "sample@0.1 adaptive-temperature@1 adaptive-temperature@0.1 em-inf@1 em-inf@0.1 "
     "self-consistency@1 em-inf+self-consistency@1"
@@ -84,18 +84,19 @@ def write_table(path, rows):
 # --------------------------------------------------------------------- numbers of a method
 
 
-def find(rows, model, run, name, method):
-    """The rows of all seeds. A run is "METHOD, TRAINING SET", or "" for the base model."""
+def find(rows, model, run, dataset, method):
+    """The rows of all seeds. A run is "METHOD, TRAINING SET" here, with ", SEED" behind it in the
+    CSV, or "" for the base model."""
     measured = []
     for key, row in rows.items():
-        if (key[0], key[1].rpartition(", ")[0], key[2], key[3]) == (model, run, name, method):
+        if (key[0], key[1].rpartition(", ")[0], key[2], key[3]) == (model, run, dataset, method):
             measured.append(row)
     return measured
 
 
-def tested(rows, model, name, run=""):
+def tested(rows, model, dataset, run=""):
     """What a run did on a set: [greedy, at T = 1]."""
-    return [find(rows, model, run, name, method) for method in BASE]
+    return [find(rows, model, run, dataset, method) for method in PLAIN]
 
 
 def runs_of(rows, model):
@@ -146,8 +147,8 @@ def points(difference):
     return f"{middle:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def verdict(low, high):
-    return "likely helps" if low > 0 else "harms" if high < 0 else "too close to call"
+def verdict(low, high, better, worse, unclear):
+    return better if low > 0 else worse if high < 0 else unclear
 
 
 def table(head, lines):
@@ -162,27 +163,28 @@ def forecast_table(rows, model):
     head = "set; problems; greedy; T = 1; majority of 4; pass@4; entropy, nats; AUROC; "
     head += "EM-RL token: the first 0.1 nats, points; EM-RL sequence: the first 0.1 nats, points"
     lines = []
-    for name in SETS:
-        greedy, sampled = tested(rows, model, name)
+    for dataset in SETS:
+        greedy, sampled = tested(rows, model, dataset)
         if not greedy or not sampled:
             continue
-        line = [name, sampled[0]["problems"], shown(greedy, "accuracy")]
+        line = [dataset, sampled[0]["problems"], shown(greedy, "accuracy")]
         for column in "accuracy majority passed entropy token_auroc".split():
             line.append(shown(sampled, column))
         for reward in CONFIDENCE:
             ends = foretold(sampled, reward)
-            line.append(f"{points(ends)}: {verdict(*ends[1:])}")
+            words = "likely helps", "harms", "too close to call"
+            line.append(f"{points(ends)}: {verdict(*ends[1:], *words)}")
         lines.append(line)
     return table(head, lines)
 
 
-def decoding_table(rows, model, name):
+def decoding_table(rows, model, dataset):
     head = "method; seeds x answers; accuracy; 95 %; against T = 1, points; by the last number; "
     head += "in a box; cut; entropy, nats; tokens; FLOPs, greedy = 1; tokens sharpened"
-    greedy, sampled = tested(rows, model, name)
+    greedy, sampled = tested(rows, model, dataset)
     lines = []
-    for method in [*BASE, *DECODERS]:
-        measured = find(rows, model, "", name, method)
+    for method in [*PLAIN, *DECODERS]:
+        measured = find(rows, model, "", dataset, method)
         if not measured:
             continue
         line = [method, f"{len(measured)} x {measured[0]['n']}", *accuracy(measured)]
@@ -194,46 +196,46 @@ def decoding_table(rows, model, name):
     return table(head, lines)
 
 
-def list_of_claims(rows, model, name):
+def list_of_claims(rows, model, dataset):
     lines = []
     for a, b, claim in CLAIMS:
-        first, second = [find(rows, model, "", name, method) for method in (a, b)]
+        first, second = [find(rows, model, "", dataset, method) for method in (a, b)]
         if not first or not second:
             lines.append(f"- not measured: {claim}")
             continue
         difference = gain(second, first)
-        word = {"likely helps": "holds here", "harms": "does not hold here"}
-        word = word.get(verdict(*difference[1:]), "open")
-        lines.append(f"- {word}: {claim}, by {points(difference)} points")
+        word = verdict(*difference[1:], "holds here", "does not hold here", "open")
+        lines.append(f"- {word}: {claim}. Difference: {points(difference)} points")
     return "\n".join(lines)
 
 
-def tests_of(rows, model, name):
-    """[(run, what it did on a set)] of the base model, "", and of each trained one."""
-    runs = [(run, tested(rows, model, name, run)) for run in ["", *runs_of(rows, model)]]
-    return [(run, measured) for run, measured in runs if all(measured)]
+def tests_of(rows, model, dataset):
+    """[(run, [greedy, at T = 1])] of the base model, "", and of each trained one, on a set."""
+    runs = [(run, tested(rows, model, dataset, run)) for run in ["", *runs_of(rows, model)]]
+    there = [(run, both) for run, both in runs if all(both)]
+    return there if all(runs[0][1]) else []  # a gain needs the base model
 
 
-def training_table(rows, model, name):
+def training_table(rows, model, dataset):
     head = "run; trained on; seeds; greedy; gain, points; T = 1; gain, points; pass@4; "
     head += "entropy, nats; KL, nats a response; steps; minutes"
-    base = tested(rows, model, name)
+    base = tested(rows, model, dataset)
     lines = []
-    for run, measured in tests_of(rows, model, name) if all(base) else []:
+    for run, both in tests_of(rows, model, dataset):
         method, _, train = run.partition(", ")
-        line = [method or "base", train, str(len(measured[0]))]
-        for before, after in zip(base, measured):
+        line = [method or "base", train, str(len(both[0]))]
+        for before, after in zip(base, both):
             line += [shown(after, "accuracy"), points(gain(before, after)) if run else ""]
         columns = "passed entropy kl steps minutes"
-        lines.append(line + [shown(measured[1], column) for column in columns.split()])
+        lines.append(line + [shown(both[1], column) for column in columns.split()])
     return table(head, lines)
 
 
-def answers_table(rows, model, name):
+def answers_table(rows, model, dataset):
     head = "run; trained on; greedy, by the last number; T = 1, by the last number; "
     head += "wrong by adding; in a box; cut; tokens; formulas"
     lines = []
-    for run, (greedy, sampled) in tests_of(rows, model, name):
+    for run, (greedy, sampled) in tests_of(rows, model, dataset):
         method, _, train = run.partition(", ")
         line = [method or "base", train, shown(greedy, "last_number")]
         columns = "last_number added boxed truncated length formulas"
@@ -241,18 +243,17 @@ def answers_table(rows, model, name):
     return table(head, lines)
 
 
-def controls_table(rows, model, name):
+def controls_table(rows, model, dataset):
     """Each run against each control that saw the same prompts: gains, paired."""
     head = "run; control; trained on; greedy, points; T = 1, points"
-    trained = tests_of(rows, model, name)[1:]
-    controls = [pair for pair in trained if pair[0].startswith("control: ")]
-    others = [pair for pair in trained if pair not in controls]
+    controls, others = [], []
+    for run, both in tests_of(rows, model, dataset)[1:]:
+        (controls if run.startswith("control: ") else others).append((*run.split(", "), both))
     lines = []
-    for (run, measured), (control, theirs) in itertools.product(others, controls):
-        (method, _, train), (other, _, same) = run.partition(", "), control.partition(", ")
+    for (method, train, both), (control, same, theirs) in itertools.product(others, controls):
         if train == same:
-            gains = [points(gain(*pair)) for pair in zip(theirs, measured)]
-            lines.append([method, other, train, *gains])
+            gains = [points(gain(*pair)) for pair in zip(theirs, both)]
+            lines.append([method, control, train, *gains])
     return table(head, lines)
 
 
@@ -260,24 +261,25 @@ def outcome_table(rows, model):
     """Each forecast beside what was then measured, both in points against T = 1. EM-RL's are of
     rewards that are means over tokens, without the gradient of the entropy itself."""
     lines = []
-    for name in SETS:
-        greedy, sampled = tested(rows, model, name)
+    for dataset in SETS:
+        greedy, sampled = tested(rows, model, dataset)
         if not greedy or not sampled:
             continue
         for method, expected in [
             ("em-inf@1", mean(greedy, "accuracy")),
             ("self-consistency@1", mean(sampled, "majority")),
         ]:
-            measured = find(rows, model, "", name, method)
+            measured = find(rows, model, "", dataset, method)
             if measured:
                 forecast = f"{100 * (expected - mean(sampled, 'accuracy')):+.1f}"
-                lines.append([f"{method}, {name}", forecast, points(gain(sampled, measured)), ""])
+                outcome = points(gain(sampled, measured))
+                lines.append([f"{method}, {dataset}", forecast, outcome, ""])
         for run in runs_of(rows, model):
-            measured = find(rows, model, run, name, "sample@1")
+            measured = find(rows, model, run, dataset, "sample@1")
             if measured and run.startswith("EM-RL") and not re.search("exact|--reward-norm", run):
                 forecast = points(foretold(sampled, "sequence" if "sequence" in run else "token"))
                 outcome = points(gain(sampled, measured))
-                lines.append([f"{run}: {name}", forecast, outcome, shown(measured, "kl")])
+                lines.append([f"{run}: {dataset}", forecast, outcome, shown(measured, "kl")])
     head = "method and set; forecast, points; outcome, points; KL, nats a response"
     return table(head, lines)
 
@@ -285,10 +287,10 @@ def outcome_table(rows, model):
 def list_of_missing(rows, model):
     """What has not been measured, of each set."""
     lines = []
-    for name in TESTS:
-        decoders = [m for m in (*BASE, *DECODERS) if not find(rows, model, "", name, m)]
-        runs = [run for run in runs_of(rows, model) if not all(tested(rows, model, name, run))]
-        lines.append(f"- {name}: {'; '.join(decoders + runs) or 'nothing'}")
+    for dataset in TESTS:
+        decoders = [m for m in (*PLAIN, *DECODERS) if not find(rows, model, "", dataset, m)]
+        runs = [run for run in runs_of(rows, model) if not all(tested(rows, model, dataset, run))]
+        lines.append(f"- {dataset}: {'; '.join(decoders + runs) or 'nothing'}")
     return "\n".join(lines)
 
 

@@ -111,7 +111,7 @@ def test_readme_s_real_model_has_the_numbers_of_the_csv():
     for line in table.splitlines():
         name, _, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         for (where, how), cell in zip(
-            itertools.product(sets.split(", "), real_tables.BASE), cells, strict=True
+            itertools.product(sets.split(", "), real_tables.PLAIN), cells, strict=True
         ):
             some = found(rows, model, name, where, how)
             assert cell == (real_tables.shown(some, "accuracy") or cell), (name, where, how)

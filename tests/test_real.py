@@ -127,7 +127,7 @@ def test_only_what_is_named_and_missing_is_trained(tmp_path, monkeypatch):
     real.main([*flags, "--flags", "--lr 1e-5"])
     assert trained.pop() == "majority --lr 1e-5, gsm8k-train, 1"
     assert trained.pop() == "EM-FT --lr 1e-5, gsm8k-train, 1"
-    some = [row(method, "1", run=run) for run in trained for method in real_tables.BASE]
+    some = [row(method, "1", run=run) for run in trained for method in real_tables.PLAIN]
     table = {real_tables.key_of(one): one | dict(model="M") for one in some}
     real.write_table(tmp_path / "done.csv", table)
     flags += ["--name", "M", "--csv", str(tmp_path / "done.csv")]
@@ -217,14 +217,14 @@ def test_the_seeds_of_a_trained_run_are_one_line():
 
 
 def test_a_run_is_compared_with_the_controls_that_saw_its_prompts():
-    some = [row(method, "1 1 0 0") for method in real_tables.BASE]
+    some = [row(method, "1 1 0 0") for method in real_tables.PLAIN]
     rights = {
         "EM-FT, asdiv, 1": "1 1 1 1", "control: random, asdiv, 1": "1 1 1 0",
         "control: format, asdiv, 1": "0 0 0 0", "majority, gsm8k-train, 1": "1 1 1 1",
         "control: random, gsm8k-train, 1": "1 1 1 1",
     }
     for run, right in rights.items():
-        some += [row(method, right, run=run) for method in real_tables.BASE]
+        some += [row(method, right, run=run) for method in real_tables.PLAIN]
     rows = {real_tables.key_of(one): one for one in some}
     lines = real_tables.controls_table(rows, MODEL, "svamp").splitlines()[2:]
     assert [line.split(" | ")[:2] for line in lines] == [
