@@ -305,7 +305,7 @@ def main(argv=None):
         for name in args.sets:
             measure_all(name)
     if args.table == "decoding":
-        for name in args.tests:
+        for name in args.sets:
             measure_all(name)
             measure_all(name, methods=DECODERS, seeds=seeds)
     if args.table == "training":

@@ -15,8 +15,8 @@ from report import fill, markdown
 from engine.files import replace_file
 from tasks.scores import CONFIDENCE, accuracy_interval, paired_interval
 
-SETS = "svamp", "gsm8k", "asdiv", "humaneval"  # what is forecast
-TESTS = "svamp", "gsm8k", "humaneval"  # what is decoded, and what the trained models are tested on
+SETS = "svamp", "gsm8k", "asdiv", "humaneval"  # forecast and decoded with the base model
+TESTS = "svamp", "gsm8k", "humaneval"  # what the trained models are tested on
 TRAIN = "asdiv", "gsm8k-train"  # prompts to train on
 PLAIN = "greedy", "sample@1"  # measured of every model, trained or not
 DECODERS = (
@@ -287,10 +287,12 @@ def outcome_table(rows, model):
 def list_of_missing(rows, model):
     """What has not been measured, of each set."""
     lines = []
-    for dataset in TESTS:
-        decoders = [m for m in (*PLAIN, *DECODERS) if not find(rows, model, "", dataset, m)]
-        runs = [run for run in runs_of(rows, model) if not all(tested(rows, model, dataset, run))]
-        lines.append(f"- {dataset}: {'; '.join(decoders + runs) or 'nothing'}")
+    for dataset in SETS:
+        absent = [m for m in (*PLAIN, *DECODERS) if not find(rows, model, "", dataset, m)]
+        for run in runs_of(rows, model) if dataset in TESTS else []:
+            if not all(tested(rows, model, dataset, run)):
+                absent.append(run)
+        lines.append(f"- {dataset}: {'; '.join(absent) or 'nothing'}")
     return "\n".join(lines)
 
 
