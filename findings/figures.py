@@ -131,7 +131,7 @@ def draw_training(curves, labels, path):
     for axis, (name, label) in zip(axes, labels.items()):
         for number, (run, values) in enumerate(curves.items()):
             color, _, marker = STYLES[number % len(STYLES)]
-            line = "-" if number < len(STYLES) else ":"
+            line = ["-", ":", "--", "-."][number // len(STYLES) % 4]
             steps = range(1, len(values[name]) + 1)
             axis.plot(steps, values[name], color=color, linestyle=line, marker=marker, label=run,
                       markersize=3)

@@ -297,12 +297,13 @@ def list_of_missing(rows, model):
 
 
 def curves_of(rows, model):
-    """{run: {curve: its value at each step}} of the trained models."""
+    """{run: {curve: its value at each step}} of the trained models, of each run its first seed."""
     curves = {}
     for key, row in rows.items():
-        if key[0] == model and row["entropy_by_step"]:
+        run = key[1].rpartition(", ")[0]
+        if key[0] == model and row["entropy_by_step"] and run not in curves:
             by_step = {name: row[f"{name}_by_step"].split() for name in CURVES}
-            curves[key[1]] = {name: np.array(some, float) for name, some in by_step.items()}
+            curves[run] = {name: np.array(values, float) for name, values in by_step.items()}
     return curves
 
 
