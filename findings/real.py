@@ -225,6 +225,7 @@ def print_examples(rows, run, name, folder, args):
         right = rows[args.name, who, name, "greedy", "1"]["right"].split()
         samples = read_jsonl(folder / f"{who} {name} greedy 1 x {args.tokens}, 1.jsonl".strip())
         answers.append(list(zip(samples, right)))
+    print(f"### {run}\n")
     shown = {("0", "0")}  # wrong both times: not shown
     for (before, was), (after, is_now) in zip(*answers):
         if (was, is_now) in shown or before["response"] == after["response"]:
@@ -233,8 +234,8 @@ def print_examples(rows, run, name, folder, args):
         print(f"{before['id']}; the answer is {before['answer']}.\n")
         for when, sample, right in ("Before", before, was), ("After", after, is_now):
             word = "right" if right == "1" else "wrong"
-            print(f"{when} {run}: {word}, {sample['length']} tokens, {sample['entropy']:.3f} nats "
-                  f"a token.\n\n```text\n{sample['response'].strip()}\n```\n")
+            print(f"{when}: {word}, {sample['length']} tokens, {sample['entropy']:.3f} nats a token."
+                  f"\n\n```text\n{sample['response'].strip()}\n```\n")
 
 
 # ------------------------------------------------------------------------------ the command

@@ -132,8 +132,8 @@ def shares(measured):
 def gain(a, b):
     """(b's accuracy - a's, low, high): paired, of the problems that both were asked."""
     a, b = shares(a), shares(b)
-    both = min(len(a), len(b))  # every row has the first problems of its set
-    return paired_interval(a[:both], b[:both])
+    n = min(len(a), len(b))  # every row has the first problems of its set
+    return paired_interval(a[:n], b[:n])
 
 
 def accuracy(measured):
@@ -250,9 +250,9 @@ def controls_table(rows, model, dataset):
     for run, both in tests_of(rows, model, dataset)[1:]:
         (controls if run.startswith("control: ") else others).append((*run.split(", "), both))
     lines = []
-    for (method, train, both), (control, same, theirs) in itertools.product(others, controls):
-        if train == same:
-            gains = [points(gain(*pair)) for pair in zip(theirs, both)]
+    for (method, train, both), (control, its_train, its) in itertools.product(others, controls):
+        if train == its_train:
+            gains = [points(gain(before, after)) for before, after in zip(its, both)]
             lines.append([method, control, train, *gains])
     return table(head, lines)
 

@@ -255,4 +255,5 @@ def test_examples_are_the_first_of_each_kind_of_change(tmp_path, capsys):
     real.print_examples(rows, run, "svamp", tmp_path, settings(name=MODEL))
     printed = capsys.readouterr().out
     assert re.findall(r"id-\d", printed) == ["id-0", "id-2"]
-    assert f"After {run}: right, 3 tokens, 0.500 nats a token.\n\n```text\n{run}\n0\n```" in printed
+    assert printed.startswith(f"### {run}\n")
+    assert f"After: right, 3 tokens, 0.500 nats a token.\n\n```text\n{run}\n0\n```" in printed
