@@ -234,8 +234,8 @@ def print_examples(rows, run, name, folder, args):
         print(f"{before['id']}; the answer is {before['answer']}.\n")
         for when, sample, right in ("Before", before, was), ("After", after, is_now):
             word = "right" if right == "1" else "wrong"
-            print(f"{when}: {word}, {sample['length']} tokens, {sample['entropy']:.3f} nats a token."
-                  f"\n\n```text\n{sample['response'].strip()}\n```\n")
+            print(f"{when}: {word}, {sample['length']} tokens, {sample['entropy']:.3f} nats "
+                  f"a token.\n\n```text\n{sample['response'].strip()}\n```\n")
 
 
 # ------------------------------------------------------------------------------ the command

@@ -139,6 +139,19 @@ def test_only_what_is_named_and_missing_is_trained(tmp_path, monkeypatch):
         real.main([*flags, "--train", "gsm8k"])
 
 
+def test_the_base_model_is_forecast_and_decoded_on_all_sets(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(real, "measure", lambda rows, key, *_: asked.append(key[2]))
+    monkeypatch.setattr(real, "problems_of", lambda *_: [])
+    monkeypatch.setattr(real, "ROOT", tmp_path)
+    for table in "forecast", "decoding":
+        asked.clear()
+        real.main([table, "--quick"])
+        assert set(asked) == {"svamp", "gsm8k", "asdiv"}
+        real.main([table, "--quick", "--allow-code-execution"])
+        assert set(asked) == set(real_tables.SETS)
+
+
 def test_what_is_trained_on_has_no_prompt_of_any_test(tmp_path, monkeypatch):
     """Guards against a run that is tested on one set first, and on another one later."""
     def problems_of(name, _):
@@ -233,6 +246,9 @@ def test_a_run_is_compared_with_the_controls_that_saw_its_prompts():
     ]
     assert lines[0].count("| +25.0 (") == 2 and lines[1].count("| +100.0 (") == 2
     assert lines[2].count("| +0.0 (") == 2
+    trained = {key: one for key, one in rows.items() if key[1]}  # without the base model
+    for made in real_tables.training_table, real_tables.controls_table, real_tables.answers_table:
+        assert made(trained, MODEL, "svamp") == "Not measured yet."
 
 
 def test_a_figure_has_a_line_for_each_run(tmp_path):
