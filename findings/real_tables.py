@@ -2,7 +2,8 @@
 What real.py measures, and the tables of real.md, filled from the rows of real.csv.
 
 `rows` is all that the CSV has, {key: row}. What one method did on one set is `measured`: a list
-with a row for each seed.
+with a row for each seed. A run is called "METHOD, TRAINING SET" here, and has ", SEED" behind it
+in the CSV. The base model's is "".
 """
 import csv
 import io
@@ -85,8 +86,7 @@ def write_table(path, rows):
 
 
 def find(rows, model, run, dataset, method):
-    """The rows of all seeds. A run is "METHOD, TRAINING SET" here, with ", SEED" behind it in the
-    CSV, or "" for the base model."""
+    """The rows of all seeds."""
     measured = []
     for key, row in rows.items():
         if (key[0], key[1].rpartition(", ")[0], key[2], key[3]) == (model, run, dataset, method):
@@ -210,10 +210,13 @@ def list_of_claims(rows, model, dataset):
 
 
 def tests_of(rows, model, dataset):
-    """[(run, [greedy, at T = 1])] of the base model, "", and of each trained one, on a set."""
-    runs = [(run, tested(rows, model, dataset, run)) for run in ["", *runs_of(rows, model)]]
-    there = [(run, both) for run, both in runs if all(both)]
-    return there if all(runs[0][1]) else []  # a gain needs the base model
+    """{run: [greedy, at T = 1]} of the base model and of each run that was tested on a set."""
+    tests = {}
+    for run in ["", *runs_of(rows, model)]:
+        both = tested(rows, model, dataset, run)
+        if all(both):
+            tests[run] = both
+    return tests if "" in tests else {}  # a gain needs the base model
 
 
 def training_table(rows, model, dataset):
@@ -221,7 +224,7 @@ def training_table(rows, model, dataset):
     head += "entropy, nats; KL, nats a response; steps; minutes"
     base = tested(rows, model, dataset)
     lines = []
-    for run, both in tests_of(rows, model, dataset):
+    for run, both in tests_of(rows, model, dataset).items():
         method, _, train = run.partition(", ")
         line = [method or "base", train, str(len(both[0]))]
         for before, after in zip(base, both):
@@ -235,7 +238,7 @@ def answers_table(rows, model, dataset):
     head = "run; trained on; greedy, by the last number; T = 1, by the last number; "
     head += "wrong by adding; in a box; cut; tokens; formulas"
     lines = []
-    for run, (greedy, sampled) in tests_of(rows, model, dataset):
+    for run, (greedy, sampled) in tests_of(rows, model, dataset).items():
         method, _, train = run.partition(", ")
         line = [method or "base", train, shown(greedy, "last_number")]
         columns = "last_number added boxed truncated length formulas"
@@ -246,14 +249,14 @@ def answers_table(rows, model, dataset):
 def controls_table(rows, model, dataset):
     """Each run against each control that saw the same prompts: gains, paired."""
     head = "run; control; trained on; greedy, points; T = 1, points"
-    controls, others = [], []
-    for run, both in tests_of(rows, model, dataset)[1:]:
-        (controls if run.startswith("control: ") else others).append((*run.split(", "), both))
+    tests = tests_of(rows, model, dataset)
+    controls = [run for run in tests if run.startswith("control: ")]
     lines = []
-    for (method, train, both), (control, its_train, its) in itertools.product(others, controls):
-        if train == its_train:
-            gains = [points(gain(before, after)) for before, after in zip(its, both)]
-            lines.append([method, control, train, *gains])
+    for run, control in itertools.product(tests, controls):
+        method, _, train = run.partition(", ")
+        if run not in controls and control.endswith(f", {train}"):
+            gains = [points(gain(its, ours)) for its, ours in zip(tests[control], tests[run])]
+            lines.append([method, control.partition(", ")[0], train, *gains])
     return table(head, lines)
 
 

@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from tasks.errors import UserError
 from tests.models import ROOT, TINY_BASE
 
 sys.path.insert(0, str(ROOT / "findings"))
+import figures
 import real
 import real_tables
 
@@ -251,10 +253,15 @@ def test_a_run_is_compared_with_the_controls_that_saw_its_prompts():
         assert made(trained, MODEL, "svamp") == "Not measured yet."
 
 
-def test_a_figure_has_a_line_for_each_run(tmp_path):
-    curves = {f"run {i}": {name: [1, 2] for name in real_tables.CURVES} for i in range(7)}
+def test_a_figure_has_a_line_for_each_run_and_no_two_alike(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "Figure", lambda **how: drawn.append(Figure(**how)) or drawn[-1])
+    curves = {f"run {i}": {name: [1, 2] for name in real_tables.CURVES} for i in range(16)}
     real.draw_training(curves, real_tables.CURVES, tmp_path / "training.png")
     assert (tmp_path / "training.png").read_bytes()[1:4] == b"PNG"
+    for axis in drawn[0].axes:
+        lines = [(one.get_color(), one.get_linestyle(), one.get_marker()) for one in axis.lines]
+        assert len(set(lines)) == len(curves)
 
 
 def test_examples_are_the_first_of_each_kind_of_change(tmp_path, capsys):
