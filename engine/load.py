@@ -86,22 +86,24 @@ def seconds_of_product(dtype):
 def load_model(name, device, dtype=torch.float32, template=()):
     """(model in eval mode, tokenizer) of a folder or a Hub id.
 
-    Without a dtype it is cpu_dtype's. `template` are settings of the chat template
-    (tasks.prompts.set_template). Raises UserError for what is missing or damaged, by the name of
-    the file where it is known.
+    Without a dtype it is cpu_dtype's. A folder of adapters that has no tokenizer gets that of
+    its base model. `template` are settings of the chat template (tasks.prompts.set_template).
+    Raises UserError for what is missing or damaged, by the name of the file where it is known.
     """
-    folder = Path(name)
-    reached = folder.is_dir() or reach_hub()
+    folder, base, source = Path(name), name, name
     check_files(folder)
-    with loading("tokenizer", name, reached):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    set_template(tokenizer, template)
-    adapters, base = folder / "adapter_config.json", name  # of --lora
+    adapters = folder / "adapter_config.json"  # of --lora
     if adapters.exists():
         base = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"]
         if not importlib.util.find_spec("peft"):
             raise UserError(f"model {name}: these are adapters, which need peft; pip install peft")
-    with loading("model", base, Path(base).is_dir() or reached):
+        if not (folder / "tokenizer_config.json").exists():
+            source = base
+    reached = Path(base).is_dir() or reach_hub()
+    with loading("tokenizer", source, reached):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    set_template(tokenizer, template)
+    with loading("model", base, reached):
         dtype = dtype or cpu_dtype(AutoConfig.from_pretrained(base))
         model, found = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, output_loading_info=True

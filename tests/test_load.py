@@ -63,7 +63,7 @@ def test_a_damaged_folder_is_one_line_that_names_the_file_and_keeps_the_cause(
 
 
 @pytest.mark.parametrize("line, broken", [
-    ("AutoTokenizer.from_pretrained(name)", "AutoTokenizer.from_pretrained(nmae)"),
+    ("AutoTokenizer.from_pretrained(source)", "AutoTokenizer.from_pretrained(suorce)"),
     ("model.to(device)", "model.too(device)"),
 ])
 def test_a_line_that_a_reader_broke_shows_its_traceback(line, broken):
@@ -71,7 +71,7 @@ def test_a_line_that_a_reader_broke_shows_its_traceback(line, broken):
     assert source.count(line) == 1
     names = {"__file__": load.__file__, "__name__": "engine.load"}
     exec(compile(source.replace(line, broken), load.__file__, "exec"), names)
-    with pytest.raises((NameError, AttributeError), match="nmae|too"):
+    with pytest.raises((NameError, AttributeError), match="suorce|too"):
         names["load_model"](TINY_BASE, "cpu")
 
 

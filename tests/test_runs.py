@@ -31,6 +31,7 @@ from engine.guard import collapsed
 from engine.inputs import digest_of_model
 from engine.load import load_model
 from engine.optimizer import MasterAdamW
+from tasks.errors import UserError
 from tests.models import FEW, NEEDS_POSIX, ROOT, TINY_BASE, random_model
 
 FLAGS = (
@@ -204,6 +205,21 @@ def test_the_memory_of_a_large_run_is_said_before_it_is_needed(dtype, settings, 
     assert told in capsys.readouterr().out
     run.print_memory(torch.nn.Linear(10, 10), argparse.Namespace(**settings))
     assert not capsys.readouterr().out
+
+
+@NEEDS_PEFT
+def test_adapters_without_a_tokenizer_have_that_of_their_base():
+    train("--steps 2 --val none --lora 4 --out new")
+    folder = Path("new/checkpoint")
+    for path in folder.iterdir():
+        if not path.name.startswith("adapter"):
+            path.unlink()
+    _, tokenizer = load_model(str(folder), "cpu")
+    assert tokenizer.get_vocab() == load_model(TINY_BASE, "cpu")[1].get_vocab()
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace(TINY_BASE, "nobody/nothing"))
+    with pytest.raises(UserError, match="^model nobody/nothing: its tokenizer can't be loaded"):
+        load_model(str(folder), "cpu")
 
 
 @NEEDS_PEFT
