@@ -6,13 +6,13 @@ EM-FT: fine-tuning that minimises the token entropy of the model's own samples. 
     python em_ft.py --loss sft                    # the supervised twin: labelled solutions
     python em_ft.py --model Qwen/Qwen2.5-Math-7B  # the paper's model, on one 80 GB GPU
 
-Each step samples N responses to each of B prompts x, and follows the gradient of their entropy.
-It flows through the probabilities, and not through the sampling:
+Each step samples N responses to each of B prompts x, and takes a gradient step that raises
 
     objective = mean over the update's tokens of  -H(pi(. | x, y_<t)) - beta KL
 
-KL is the k3 estimate of KL(pi || initial model); see entropy.k3. The gradient does not see how a
-token changes the entropy of the tokens behind it; that of em_rl.py does.
+The gradient flows through the probabilities, and not through the sampling: it does not see how a
+token changes the entropy of the tokens behind it, while that of em_rl.py does. KL is the k3
+estimate of KL(pi || initial model); see entropy.k3.
 
 The tokens of a response include the end-of-sequence token that it drew. A response that never
 ends is cut at --max-new-tokens, and counts like any other. Labels only measure the held-out

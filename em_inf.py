@@ -59,7 +59,7 @@ from eval import graded
 from tasks.answers import after_thoughts, most_agreed
 from tasks.errors import UserError
 from tasks.problems import load_gradable
-from tasks.prompts import encode_problem, encode_prompt, response_texts, stop_ids
+from tasks.prompts import encode_problem, response_texts, stop_ids
 from tasks.scores import table
 from tasks.steps import ask_in_rounds
 
@@ -99,7 +99,8 @@ def softmax_and_entropy(z):
     p = z.exp()
     total = p.sum(-1, keepdim=True)
     p.div_(total)
-    return p, total.log() - torch.linalg.vecdot(p, z)[:, None], total.log()
+    norm = total.log()
+    return p, norm - torch.linalg.vecdot(p, z)[:, None], norm
 
 
 def downhill(z, p, start, shift, kl_weight):
@@ -107,16 +108,61 @@ def downhill(z, p, start, shift, kl_weight):
     return (z + (shift - kl_weight)).mul_(p).add_(start, alpha=kl_weight)
 
 
-def take_step(z, m, v, grad, rate, t, optimizer):
+def take_step(z, m, v, down, rate, t, optimizer):
     """The t-th step, in place. Of each row (B, 1), `rate` is lr, or 0 where it has stopped."""
     if optimizer == "sgd":
-        z.addcmul_(grad, rate)
+        z.addcmul_(down, rate)
     else:
-        m.lerp_(grad, 0.1)
-        v.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        m.lerp_(down, 0.1)
+        v.mul_(0.999).addcmul_(down, down, value=0.001)
         bias = math.sqrt(1 - 0.999**t)
         step = m / v.sqrt().add_(1e-8 * bias)
         z.addcmul_(step, rate, value=bias / (1 - 0.9**t))
+
+
+@in_cache
+@torch.no_grad()
+def minimize_entropy(logits, delta=0.3, lr=0.1, steps=3, kl_weight=0.05, optimizer="adam"):
+    """EM-INF: take each row's logits downhill in their own entropy: (B, V) -> (B, V).
+
+        loss = H(softmax(z)) + kl_weight KL(softmax(logits) || softmax(z)),  first z = logits
+
+    (paper, section 4). A row stops as soon as its entropy is under `delta` nats, and one that
+    starts under it comes back as it was. `optimizer` is "adam", as in the released code (betas
+    0.9 and 0.999, eps 1e-8), or "sgd", plain gradient descent, as in Proposition 1.
+
+    Under sgd the most likely token keeps its place, and tokens less likely than e^-(H + 1)
+    can change theirs. Adam divides each gradient by its own size: a token more likely than
+    e^-H rises by about lr a step, and others fall by as much, but for those of a probability
+    under 1e-9 or so. At lr 1 these steps are so large that tokens of nearly equal logits change
+    places, even the first two. At the released settings none did in 20,000 random rows.
+
+    A logit of -inf stays so, and a row with nan becomes nan. The result is float32 (float64
+    for float64). Raises ValueError for settings out of range.
+    """
+    if min(delta, lr, steps, kl_weight) < 0 or optimizer not in ("adam", "sgd"):
+        raise ValueError(
+            f"minimize_entropy: delta {delta}, lr {lr}, steps {steps}, kl_weight {kl_weight}: none "
+            f"may be negative; and optimizer {optimizer!r} must be adam or sgd"
+        )
+    if len(logits) and 0 < steps <= 4 and can_compile(logits.device, logits.shape[-1]):
+        return minimize_in_few_passes(logits, delta, lr, steps, kl_weight, optimizer)
+    logits = at_least_float32(logits)
+    if steps == 0:
+        return logits.clone()
+    top = logits.amax(-1, keepdim=True)
+    z = (logits - top).clamp_(min=-1e4)  # finite, so that a masked token's p log p is 0
+    start, entropy, norm = softmax_and_entropy(z)
+    rate = lr * (entropy >= delta).to(z.dtype)  # (B, 1): 0 once the row has stopped
+    untouched = (entropy < delta) | (logits == -torch.inf)
+    p, m, v = start, torch.zeros_like(z), torch.zeros_like(z)
+    for t in range(1, steps + 1):
+        down = downhill(z, p, start, entropy - norm, kl_weight)
+        take_step(z, m, v, down, rate, t, optimizer)
+        if t < steps:
+            p, entropy, norm = softmax_and_entropy(z)
+            rate.masked_fill_(entropy < delta, 0.0)
+    return torch.where(untouched, logits, z.add_(top))
 
 
 def replay(first, sums, delta, lr, kl_weight, optimizer):
@@ -128,9 +174,9 @@ def replay(first, sums, delta, lr, kl_weight, optimizer):
         entropy = norm - weighted / total
         p = (z - norm).exp()
         start = p if start is None else start
-        grad = downhill(z, p, start, entropy - norm, kl_weight)
+        down = downhill(z, p, start, entropy - norm, kl_weight)
         rate = rate * (entropy >= delta).to(z.dtype)
-        take_step(z, m, v, grad, rate, t, optimizer)
+        take_step(z, m, v, down, rate, t, optimizer)
     return z
 
 
@@ -165,59 +211,14 @@ def minimize_in_few_passes(logits, delta, lr, steps, kl_weight, optimizer):
 
 @in_cache
 @torch.no_grad()
-def minimize_entropy(logits, delta=0.3, lr=0.1, steps=3, kl_weight=0.05, optimizer="adam"):
-    """EM-INF: take each row's logits downhill in their own entropy: (B, V) -> (B, V).
-
-        loss = H(softmax(z)) + kl_weight KL(softmax(logits) || softmax(z)),  first z = logits
-
-    (paper, section 4). A row stops as soon as its entropy is under `delta` nats, and one that
-    starts under it comes back as it was. `optimizer` is "adam", as in the released code (betas
-    0.9 and 0.999, eps 1e-8), or "sgd", plain gradient descent, as in Proposition 1.
-
-    Under sgd the most likely token keeps its place, and tokens less likely than e^-(H + 1)
-    can change theirs. Adam divides each gradient by its own size: a token more likely than
-    e^-H rises by about lr a step, and every other token falls by as much. So at lr 1 tokens of
-    nearly equal logits change places, even the first two; at the released settings none did in
-    20,000 random rows.
-
-    A logit of -inf stays so, and a row with nan becomes nan. The result is float32 (float64
-    for float64). Raises ValueError for settings out of range.
-    """
-    if min(delta, lr, steps, kl_weight) < 0 or optimizer not in ("adam", "sgd"):
-        raise ValueError(
-            f"minimize_entropy: delta {delta}, lr {lr}, steps {steps}, kl_weight {kl_weight}: none "
-            f"may be negative; and optimizer {optimizer!r} must be adam or sgd"
-        )
-    if len(logits) and 0 < steps <= 4 and can_compile(logits.device, logits.shape[-1]):
-        return minimize_in_few_passes(logits, delta, lr, steps, kl_weight, optimizer)
-    logits = at_least_float32(logits)
-    if steps == 0:
-        return logits.clone()
-    top = logits.amax(-1, keepdim=True)
-    z = (logits - top).clamp_(min=-1e4)  # finite, so that a masked token's p log p is 0
-    start, entropy, norm = softmax_and_entropy(z)
-    rate = lr * (entropy >= delta).to(z.dtype)  # (B, 1): 0 once the row has stopped
-    untouched = (entropy < delta) | (logits == -torch.inf)
-    p, m, v = start, torch.zeros_like(z), torch.zeros_like(z)
-    for t in range(1, steps + 1):
-        grad = downhill(z, p, start, entropy - norm, kl_weight)
-        take_step(z, m, v, grad, rate, t, optimizer)
-        if t < steps:
-            p, entropy, norm = softmax_and_entropy(z)
-            rate.masked_fill_(entropy < delta, 0.0)
-    return torch.where(untouched, logits, z.add_(top))
-
-
-@in_cache
-@torch.no_grad()
 def adaptive_temperature(logits, alpha=0.5, delta=0.3, tau_min=0.01, tau_max=1.0, iterations=20):
     """The paper's baseline (Algorithm 1): divide each row by a temperature: (B, V) -> (B, V).
 
     It is the largest tau in [tau_min, tau_max] at which the row's entropy is at most
     max(alpha H, delta) nats, with H its entropy before. If no tau reaches that, it is tau_min.
     A row with H <= delta comes back as it was. Entropy rises with tau, so each of the `iterations`
-    halves the interval, and 20 of them find tau within 1e-6. Precision, -inf, nan and errors
-    as in `minimize_entropy`.
+    halves the interval, and 20 of them find tau within 1e-6. Precision, -inf and errors as in
+    `minimize_entropy`.
     """
     if not (0 < alpha < 1 and delta >= 0 and 0 < tau_min < tau_max and iterations >= 0):
         raise ValueError(
@@ -243,7 +244,8 @@ class Sharpen(LogitsProcessor):
 
     transformers' `generate` calls it with the ids so far, which it does not need; our own takes
     its method `sharpen`. It counts the rows and the changed rows, and sums their entropy before
-    and after (nats). Raises ValueError for settings out of range, and UserError for nan.
+    and after (nats). On a GPU it also counts rows that have ended and are still in the batch.
+    Raises ValueError for settings out of range, and UserError for nan.
     """
 
     def __init__(self, function, delta, **settings):
@@ -348,7 +350,7 @@ def decode_and_grade(
 
     `sharpeners` are {"em-inf": EMInf(...), "adaptive-temperature": AdaptiveTemperature(...)}.
     Entropy and log-prob of a sample are the model's own at T = 1, and flops are those of all
-    tokens that the decoder spent. The caller's random state stays as it was.
+    tokens that the decoder spent. The caller's random state stays as it was, but for mps.
     """
     name, scheme, temperature = parse_decoder(decoder, temperature)
     sharpeners = sharpeners or {"em-inf": EMInf(), "adaptive-temperature": AdaptiveTemperature()}
@@ -356,7 +358,7 @@ def decode_and_grade(
     n, rounds = SCHEMES[scheme]
     stop = stop_ids(model, tokenizer)
 
-    def ask(problems, _):  # once each
+    def ask(problems, _):  # for one answer to each
         started = time.time()
         earlier = [None] * len(problems)  # text of the answer before
         spent = [0] * len(problems)  # tokens
@@ -434,7 +436,7 @@ def main(argv=None):
     prompts = [encode_problem(tokenizer, problem) for problem in problems]
     if args.prompt:
         check_model(model, prompts, args.max_new_tokens)
-        return answer_one(args, model, tokenizer, em_inf)
+        return answer_one(args, model, tokenizer, prompts[0], em_inf)
     if "refine" in [parse_decoder(name)[1] for name in args.decode]:
         earlier = [0] * args.max_new_tokens  # room for the answer before
         prompts += [encode_problem(tokenizer, problem, "") + earlier for problem in problems]
@@ -473,7 +475,7 @@ LEVELS = 0.1, 0.3, 0.7, 1.2, 2.0  # nats, at which a token's background changes
 BACKGROUNDS = "0 48;5;195;30 48;5;153;30 48;5;111;30 48;5;69;30 48;5;27;97".split()
 
 
-def answer_one(args, model, tokenizer, em_inf):
+def answer_one(args, model, tokenizer, prompt, em_inf):
     """Print one answer as it comes, until Ctrl-C: in a terminal that has colours, each token on a
     background that shows its entropy."""
     streamer, ids, entropy = TextStreamer(tokenizer, skip_special_tokens=True), [], []
@@ -497,8 +499,8 @@ def answer_one(args, model, tokenizer, em_inf):
     torch.manual_seed(1)
     try:
         generate(
-            model, [encode_prompt(tokenizer, args.prompt)], stop_ids(model, tokenizer),
-            args.max_new_tokens, args.temperature, sharpen=sharpen, streamer=streamer,
+            model, [prompt], stop_ids(model, tokenizer), args.max_new_tokens, args.temperature,
+            sharpen=sharpen, streamer=streamer,
         )
     except KeyboardInterrupt:
         print()

@@ -132,7 +132,7 @@ def logits_in_blocks(hidden, weight, bias, targets, size):
     """
     height = max(1, min(len(hidden), 2 * math.isqrt(size)))
     width = 2 ** (max(1, size // height).bit_length() - 1)
-    memory = hidden.new_empty(height * width)  # of each block: new memory would take time
+    memory = hidden.new_empty(height * width)  # of all blocks: each overwrites the one before
     for top in range(0, len(hidden), height):
         for left in range(0, len(weight), width):
             rows, columns = slice(top, top + height), slice(left, left + width)
@@ -199,8 +199,8 @@ class _EntropyAndLogprob(torch.autograd.Function):
         ctx.head, ctx.size = head, size
         sums = at_least_float32(hidden.new_zeros(4, len(hidden), 1))
         sums[0] = -torch.inf
-        for rows, _, *block in logits_in_blocks(hidden, weight, bias, targets, size):
-            sums[:, rows] = add_block(*block, sums[:, rows], *head)
+        for rows, _, *some in logits_in_blocks(hidden, weight, bias, targets, size):
+            sums[:, rows] = add_block(*some, sums[:, rows], *head)
         m, s, u, target = sums
         entropy = s.log() - u / s  # the mean of -log p = log s - (z - m) under p
         lse = m + s.log()
@@ -217,8 +217,8 @@ class _EntropyAndLogprob(torch.autograd.Function):
         inputs = zip((hidden, weight, bias), ctx.needs_input_grad)
         grads = [torch.zeros_like(x, dtype=dtype) if needed else None for x, needed in inputs]
         grad_hidden, grad_weight, grad_bias = grads
-        for rows, columns, *block in logits_in_blocks(hidden, weight, bias, targets, ctx.size):
-            grad = gradient_of_block(*block, lse[rows], entropy[rows], a[rows], b[rows], *ctx.head)
+        for rows, columns, *some in logits_in_blocks(hidden, weight, bias, targets, ctx.size):
+            grad = gradient_of_block(*some, lse[rows], entropy[rows], a[rows], b[rows], *ctx.head)
             if grad_bias is not None:
                 grad_bias[columns] += grad.sum(0, dtype=dtype)
             if grad_hidden is not None:

@@ -34,9 +34,9 @@ def add_device_arguments(add):
 def set_up(device=None, dtype=None, graph=True):
     """(device, dtype) to work with, chosen where they are not given.
 
-    Weights are bfloat16 on a GPU that has it, else float32 (on a T4, say): float16 would
-    need its losses scaled. On a CPU the dtype stays None, and load_model chooses. Raises
-    UserError for a device that is not there.
+    Weights are bfloat16 on a CUDA GPU that has it, else float32 (on a T4, say): float16 would need
+    its losses scaled. On a CPU the dtype stays None, and load_model chooses. `graph` is for the
+    sampler. Raises UserError for a device that is not there.
     """
     if device is None:
         other = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -86,7 +86,7 @@ def seconds_of_product(dtype):
 def load_model(name, device, dtype=torch.float32, template=()):
     """(model in eval mode, tokenizer) of a folder or a Hub id.
 
-    Without a dtype it is cpu_dtype's. A folder of adapters that has no tokenizer gets that of
+    With dtype None it is cpu_dtype's. A folder of adapters that has no tokenizer gets that of
     its base model. `template` are settings of the chat template (tasks.prompts.set_template).
     Raises UserError for what is missing or damaged, by the name of the file where it is known.
     """
@@ -115,7 +115,8 @@ def load_model(name, device, dtype=torch.float32, template=()):
         import peft
 
         with loading("adapters", name, reached):
-            model = peft.PeftModel.from_pretrained(model, name).get_base_model()
+            with_adapters = peft.PeftModel.from_pretrained(model, name)
+            model = with_adapters.get_base_model()  # whose layers keep the adapters
     if model.num_parameters() < 2**20 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # more threads are slower when other jobs run
     model.to(device).eval()
@@ -128,15 +129,15 @@ def load_model(name, device, dtype=torch.float32, template=()):
 
 
 def check_files(folder):
-    """Raise UserError for a file of a model's folder that can't be read. transformers would not
-    name some of them, and others it would silently do without."""
+    """Raise UserError for a damaged file of a model's folder. transformers would not name some of
+    them, and others it would silently do without."""
     for path in sorted(folder.glob("*.json")):
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: damaged, it is not JSON ({one_line(error)})") from error
     for path in sorted(folder.glob("*.safetensors")):
-        path.open("rb").close()  # of one that may not be read safetensors says: no such file
+        path.open("rb").close()  # PermissionError, of which safetensors says: no such file
         try:
             safetensors.safe_open(path, "pt")
         except safetensors.SafetensorError as error:
