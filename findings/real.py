@@ -65,7 +65,7 @@ from tasks.answers import grade, last_box
 from tasks.compare import same_answer
 from tasks.problems import load_problems
 from tasks.prompts import encode_prompt
-from tasks.scores import CONFIDENCE, by_problem, diagnosis, summary
+from tasks.scores import CONFIDENCE, by_problem, diagnosis, drift, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 FULL = dict(problems=100, n=4, tokens=512, seeds=2, prompts=8, steps=20)
@@ -104,6 +104,9 @@ def row_of(samples, problems, allow_code):
             told = found["rewards"][reward]
             row |= {f"{reward}_{end}": told[end] for end in ("low", "high", "auroc")}
             row[reward] = told["drift"]
+        shortness = [-np.array(group) for group in by_problem(samples, "length").values()]
+        ends = drift(shortness, by_problem(samples).values())
+        row |= dict(zip(("shorter", "shorter_low", "shorter_high"), ends))
     row = {name: f"{value:.4g}" if name != "commit" else value for name, value in row.items()}
     row["right"] = " ".join(str(sum(group)) for group in by_problem(samples).values())
     return row

@@ -47,8 +47,8 @@ KEY = "model run set method seed".split()
 COLUMNS = KEY + (
     "problems n tokens accuracy low high last_number added boxed truncated formulas entropy "
     "length flops sharpened majority passed token token_low token_high token_auroc sequence "
-    "sequence_low sequence_high sequence_auroc steps kl minutes entropy_by_step length_by_step "
-    "truncated_by_step commit right"
+    "sequence_low sequence_high sequence_auroc shorter shorter_low shorter_high steps kl minutes "
+    "entropy_by_step length_by_step truncated_by_step commit right"
 ).split()
 CURVES = {  # of the responses that were trained on
     "entropy": "entropy, nats/token",
@@ -161,7 +161,8 @@ def table(head, lines):
 
 def forecast_table(rows, model):
     head = "set; problems; greedy; T = 1; majority of 4; pass@4; entropy, nats; AUROC; "
-    head += "EM-RL token: the first 0.1 nats, points; EM-RL sequence: the first 0.1 nats, points"
+    head += "EM-RL token: the first 0.1 nats, points; EM-RL sequence: the same; "
+    head += "a reward for short answers: the same"
     lines = []
     for dataset in SETS:
         greedy, sampled = tested(rows, model, dataset)
@@ -170,7 +171,7 @@ def forecast_table(rows, model):
         line = [dataset, sampled[0]["problems"], shown(greedy, "accuracy")]
         for column in "accuracy majority passed entropy token_auroc".split():
             line.append(shown(sampled, column))
-        for reward in CONFIDENCE:
+        for reward in (*CONFIDENCE, "shorter"):
             ends = foretold(sampled, reward)
             words = "likely helps", "harms", "too close to call"
             line.append(f"{points(ends)}: {verdict(*ends[1:], *words)}")

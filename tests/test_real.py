@@ -83,6 +83,22 @@ def test_a_row_of_the_csv_is_not_measured_again_unless_settings_differ(tmp_path)
         real.measure(there, key, problems[:3], 1, tmp_path / "nowhere", args)
 
 
+def test_a_reward_for_short_answers_is_forecast_beside_those_for_sure_ones():
+    """Guards against a forecast of confidence that is one of length."""
+    problems = [dict(id=f"set/{i}", prompt="?", answer="1") for i in range(2)]
+    samples = []
+    for i, (digit, length) in enumerate([(1, 10), (2, 14), (1, 20), (1, 22)]):
+        samples.append(dict(
+            id=f"set/{i // 2}", data="set", decoder="sample@1", answer="1", length=length, n=2,
+            response=f"\\boxed{{{digit}}}", entropy=0.1 + i, logprob=-0.1 - i, truncated=False,
+            flops=1.0, seed=1, seconds=1.0, max_new_tokens=64, commit="c",
+        ))
+    found = real.row_of(samples, problems, False)
+    variance, covariance = (8 + 2) / 2, (2 * 0.5 + 2 * 0.5 + 0) / 2  # of -length, and with right
+    assert float(found["shorter"]) == pytest.approx((2 * 0.1 / variance) ** 0.5 * covariance, 1e-3)
+    assert float(found["shorter_low"]) < 0 < float(found["token"])
+
+
 @pytest.mark.parametrize("response, right", [
     ("so she has \\boxed{1200} apples", True),
     ("so she has 1,200.", True),  # no box
