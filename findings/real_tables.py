@@ -301,11 +301,16 @@ def list_of_missing(rows, model):
 
 
 def curves_of(rows, model):
-    """{run: {curve: its value at each step}} of the trained models, of each run its first seed."""
-    curves = {}
+    """{run: {curve: its value at each step}} of the trained models, of each run its first seed. A
+    run that another one continues is left out."""
+    first = {}
     for key, row in rows.items():
-        run = key[1].rpartition(", ")[0]
-        if key[0] == model and row["entropy_by_step"] and run not in curves:
+        if key[0] == model and row["entropy_by_step"]:
+            first.setdefault(key[1].rpartition(", ")[0], row)
+    curves = {}
+    for run, row in first.items():
+        begins = f"{row['entropy_by_step']} "
+        if not any(other["entropy_by_step"].startswith(begins) for other in first.values()):
             by_step = {name: row[f"{name}_by_step"].split() for name in CURVES}
             curves[run] = {name: np.array(values, float) for name, values in by_step.items()}
     return curves

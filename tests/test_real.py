@@ -245,6 +245,11 @@ def test_the_seeds_of_a_trained_run_are_one_line():
     curves = real_tables.curves_of(rows, MODEL)
     assert list(curves) == ["EM-RL token, asdiv"]  # with its first seed
     assert list(curves["EM-RL token, asdiv"]["length"]) == [0.5, 1]
+    for steps, run in ("0.5 1 0.25", "longer, asdiv"), ("0.5 1.25", "another, asdiv"):
+        curves = {f"{curve}_by_step": steps for curve in real_tables.CURVES}
+        more = row("sample@1", "1 1", run=f"{run}, 1", **curves)
+        rows[real_tables.key_of(more)] = more
+    assert list(real_tables.curves_of(rows, MODEL)) == ["longer, asdiv", "another, asdiv"]
 
 
 def test_a_run_is_compared_with_the_controls_that_saw_its_prompts():
