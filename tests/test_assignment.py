@@ -204,6 +204,14 @@ def test_training_is_judged_by_the_accuracy_that_it_gains(tmp_path, monkeypatch,
     assert grade.verdict("training", args) == ""
 
 
+def test_training_that_has_no_points_is_not_graded(tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(grade.POINTS, "training")
+    monkeypatch.setattr(grade, "grade", lambda names, _: dict.fromkeys(names, ""))
+    (tmp_path / "right.py").write_text("")
+    assert grade.main([str(tmp_path / "right.py")]) == 0
+    assert capsys.readouterr().out.startswith("18 of 18 points, 9 of 9 functions")
+
+
 @pytest.mark.beside(command=lambda _: [ROOT / "course/assignment/grade.py"])
 def test_the_file_to_be_filled_has_no_points_and_is_not_trained_with(done):
     assert done.returncode == 1 and not done.stderr

@@ -122,10 +122,11 @@ def main(argv=None):
         parser.error(f"{args.file}: there is no such file")
     wrong = grade(FUNCTIONS, args)
     missing = [name for name in FUNCTIONS if wrong[name] and name not in UNUSED]
-    if args.steps and missing:
+    trains = args.steps and "training" in POINTS
+    if trains and missing:
         wrong["training"] = f"It has to wait for {', '.join(missing)}."
         show("training", wrong["training"])
-    elif args.steps:
+    elif trains:
         wrong |= grade(["training"], args)
     right = [name for name in wrong if not wrong[name]]
     print(f"{sum(POINTS[name] for name in right)} of {sum(POINTS[name] for name in wrong)} points, "
