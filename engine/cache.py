@@ -21,12 +21,16 @@ use_graphs = True  # --no-graph sets it to False
 
 def next_logits(model, cache, ids, mask, positions):
     """Run the model on ids (b, t) behind what `cache` holds: logits of the next token (b, V)."""
+    # Of a prompt the last hidden states are copied, and not sliced: torch would multiply a slice
+    # with frozen weights (V, D), such as adapters have, as (b, D, V), and store that on a CPU.
+    t = ids.shape[1]
+    last = 1 if t == 1 else torch.tensor([t - 1], device=ids.device)
     output = model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last,
         **{cache_name(model): cache},
     )
     return output.logits[:, -1].float()
