@@ -6,7 +6,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
+from safetensors.torch import load_file
 
 from tasks.errors import UserError
 from tests.models import ROOT, TINY_BASE
@@ -283,6 +285,16 @@ def test_a_figure_has_a_line_for_each_run_and_no_two_alike(tmp_path, monkeypatch
     for axis in drawn[0].axes:
         lines = [(one.get_color(), one.get_linestyle(), one.get_marker()) for one in axis.lines]
         assert len(set(lines)) == len(curves)
+
+
+def test_the_adapters_are_small_and_belong_to_a_model_of_the_hub():
+    folder = ROOT / "findings/real"
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert all(config["r"] == 8 in tensor.shape for tensor in tensors.values())
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 10e6
 
 
 def test_examples_are_the_first_of_each_kind_of_change(tmp_path, capsys):
