@@ -117,7 +117,7 @@ def load_model(name, device, dtype=torch.float32, template=()):
         with loading("adapters", name, reached):
             with_adapters = peft.PeftModel.from_pretrained(model, name)
             model = with_adapters.get_base_model()  # whose layers keep the adapters
-    if model.num_parameters() < 2**20 and "OMP_NUM_THREADS" not in os.environ:
+    if model.num_parameters() < 2**20 and not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(1)  # more threads are slower when other jobs run
     model.to(device).eval()
     if model.device.type == "cpu":

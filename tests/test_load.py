@@ -75,6 +75,22 @@ def test_a_line_that_a_reader_broke_shows_its_traceback(line, broken):
         names["load_model"](TINY_BASE, "cpu")
 
 
+@pytest.mark.parametrize("words, threads", [(None, 1), ("", 1), ("3", 3)])
+def test_the_tiny_model_has_one_thread_unless_the_user_says_otherwise(words, threads, monkeypatch):
+    """Guards against a run beside another job that takes many times as long."""
+    before = torch.get_num_threads()
+    if words is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", words)
+    try:
+        torch.set_num_threads(3)
+        load_model(TINY_BASE, "cpu")
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 # ------------------------------------------------------------------------------------- noise
 
 NOISY = [
