@@ -132,7 +132,7 @@ def logits_in_blocks(hidden, weight, bias, targets, size):
     """
     height = max(1, min(len(hidden), 2 * math.isqrt(size)))
     width = 2 ** (max(1, size // height).bit_length() - 1)
-    memory = hidden.new_empty(height * width)  # of all blocks: each overwrites the one before
+    memory = hidden.new_empty(height * width)  # one for all: new memory takes time
     for top in range(0, len(hidden), height):
         for left in range(0, len(weight), width):
             rows, columns = slice(top, top + height), slice(left, left + width)

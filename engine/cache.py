@@ -21,8 +21,8 @@ use_graphs = True  # --no-graph sets it to False
 
 def next_logits(model, cache, ids, mask, positions):
     """Run the model on ids (b, t) behind what `cache` holds: logits of the next token (b, V)."""
-    # Of a prompt the last hidden states are copied, and not sliced: torch would multiply a slice
-    # with frozen weights (V, D), such as adapters have, as (b, D, V), and store that on a CPU.
+    # A tensor of positions copies a prompt's last hidden states, where 1 would take a slice. To
+    # multiply a slice with frozen weights (V, D), as adapters have, a CPU makes b copies of these.
     t = ids.shape[1]
     last = 1 if t == 1 else torch.tensor([t - 1], device=ids.device)
     output = model(

@@ -161,8 +161,8 @@ def table(head, lines):
 
 def forecast_table(rows, model):
     head = "set; problems; greedy; T = 1; majority of 4; pass@4; entropy, nats; AUROC; "
-    head += "EM-RL token: the first 0.1 nats, points; EM-RL sequence: the same; "
-    head += "a reward for short answers: the same"
+    head += "EM-RL token: the first 0.1 nats, points; EM-RL sequence: as before; "
+    head += "a reward for short answers: as before"
     lines = []
     for dataset in SETS:
         greedy, sampled = tested(rows, model, dataset)
